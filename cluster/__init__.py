@@ -1,0 +1,1 @@
+"""Where things run: sessions, storage, deployment. Knows no image and no tensor."""

@@ -1,0 +1,180 @@
+"""The whole chain, small, as the very commands a user would type, each run as a process of its own.
+
+Imports nothing of what it runs; the report is written through a function that the command line passes in.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+from cyclopts import Parameter
+
+from cluster import storage
+from cluster.errors import RayographError
+
+PHANTOMS = 600
+PRETRAIN_EPOCHS = 30
+TRANSFER_EPOCHS = 8
+FOLDS = 3
+WORKERS = 2
+GRACE_S = 30.0
+"""How long a step may take to end by itself after it was asked to stop."""
+
+METRICS = ("balanced_accuracy", "auroc", "kappa", "ece")
+
+TableSection = tuple[str, list[str], list[list[str]], str]
+"""Heading, column headers, rows and the paragraphs above the table, one per line."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DemoConfig:
+    _: KW_ONLY
+    data: str | None = None
+    "A labelled SOURCE to use in place of generated phantoms."
+    out: str = "demo"
+    "Where dataset, runs and report go."
+    overwrite: bool = False
+    "Do every step anew."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the chain and the folder it fills."""
+
+    arguments: tuple[str, ...]
+    out: Path
+
+    @property
+    def text(self) -> str:
+        return shlex.join(("rayograph", *self.arguments))
+
+
+def demo(config: DemoConfig, *, write_report: Callable[[Path, str, list[TableSection]], None]) -> dict[str, object]:
+    """`report.html` and `summary.json` stand in `--out`, computed by the steps; finished steps are not run again.
+
+    Raises:
+        RayographError: a step failed; it has said why, and the error carries its exit code.
+    """
+    out = storage.local_path(config.out)
+    with storage.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    chain = steps(config)
+    for step in chain.values():
+        print(f"$ {step.text}", flush=True)
+        _run(step)
+    summaries = {name: storage.read_json(step.out / "summary.json") for name, step in chain.items()}
+    sections = compare(summaries, chain)
+    write_report(out / "report.html", "Rayograph demo: does pretraining help?", sections)
+    summary = _summary(summaries) | {"seconds": round(time.monotonic() - start, 1)}
+    storage.write_json(out / "summary.json", summary)
+    print(f"\n{verdict(summaries)}\nreport: {storage.printable(out / 'report.html')}")
+    return summary
+
+
+def steps(config: DemoConfig) -> dict[str, Step]:
+    """The commands in order: one dataset, one pretraining, the same transfer without it and from it."""
+    out = Path(config.out)
+    dataset, pretrained = out / "dataset", out / "pretrain"
+    transfer = ("--folds", str(FOLDS), "--epochs", str(TRANSFER_EPOCHS))
+    commands: dict[str, tuple[str, ...]] = {
+        "dataset": ("ingest", config.data or f"phantom:{PHANTOMS}"),
+        "pretrain": ("pretrain", str(dataset), "--epochs", str(PRETRAIN_EPOCHS), "--workers", str(WORKERS)),
+        "scratch": ("transfer", str(dataset), "--init", "none", *transfer),
+        "transfer": ("transfer", str(dataset), "--init", str(pretrained), *transfer),
+    }
+    extra = ("--overwrite",) if config.overwrite else ()
+    return {name: Step((*words, "--out", str(out / name), *extra), out / name) for name, words in commands.items()}
+
+
+def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[TableSection]:
+    """The report's tables: the comparison first, then what each step did and the command that repeats it."""
+    headers = ["metric", "from scratch", "from the pretrained network", "difference"]
+    note = f"{verdict(summaries)}\nBoth runs use the same images, folds, epochs and seed. Intervals are 95 %."
+    commands = [[name, step.text, _facts(summaries[name])] for name, step in chain.items()]
+    return [
+        ("Does pretraining help?", headers, _metric_rows(summaries), note),
+        ("The commands", ["step", "command", "result"], commands, "Each step's own report lies in its folder."),
+    ]
+
+
+def verdict(summaries: dict[str, Any]) -> str:
+    """One sentence on what pretraining changed, that claims no more than the intervals allow."""
+    before, after = (summaries[name]["metrics"]["balanced_accuracy"] for name in ("scratch", "transfer"))
+    change = after["value"] - before["value"]
+    word = "gained" if change >= 0 else "lost"
+    certain = after["ci95"][0] > before["ci95"][1] or after["ci95"][1] < before["ci95"][0]
+    doubt = "" if certain else "; the intervals overlap, so at this size that may be chance"
+    return (
+        f"Pretraining {word} {abs(change):.3f} balanced accuracy: {_interval(before)} from scratch, "
+        f"{_interval(after)} from the pretrained network{doubt}."
+    )
+
+
+def _metric_rows(summaries: dict[str, Any]) -> list[list[str]]:
+    before, after = summaries["scratch"]["metrics"], summaries["transfer"]["metrics"]
+    names = [name for name in METRICS if name in before and name in after]
+    return [
+        [name, _interval(before[name]), _interval(after[name]), _change(before[name], after[name])] for name in names
+    ]
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if before["value"] is None or after["value"] is None:
+        return "undefined"
+    return f"{after['value'] - before['value']:+.3f}"
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    if metric["value"] is None:
+        return "undefined"
+    low, high = metric["ci95"]
+    span = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{metric['value']:.3f}{span}"
+
+
+def _facts(summary: dict[str, Any]) -> str:
+    known = ("images", "ok", "groups", "epochs", "final_loss", "images_per_second", "seconds")
+    return ", ".join(f"{name} {_number(summary[name])}" for name in known if name in summary)
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _summary(summaries: dict[str, Any]) -> dict[str, object]:
+    names = {"scratch": "scratch", "transfer": "pretrained"}
+    metrics = {f"{new}_balanced_accuracy": summaries[old]["metrics"]["balanced_accuracy"] for old, new in names.items()}
+    return {"metrics": metrics, "images": summaries["dataset"].get("images")}
+
+
+def _run(step: Step) -> None:
+    """The step's command ran to its end. A signal to this process is passed on and waited for, never outrun."""
+    process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *step.arguments])
+    try:
+        code = process.wait()
+    except BaseException as error:
+        _stop(process, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+        raise
+    if code:
+        failed = RayographError(f"the demo stopped at: {step.text}")
+        failed.exit_code = code if code > 0 else 1
+        raise failed
+
+
+def _stop(process: subprocess.Popen[bytes], kind: signal.Signals) -> None:
+    process.send_signal(kind)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,1 @@
+"""Deployment files and `constraints.txt`, the versions tested together."""

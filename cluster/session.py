@@ -1,0 +1,168 @@
+"""The one place that starts or joins Ray, and ends what it started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ResourceError
+
+OBJECT_STORE_BYTES = 2 * 1024**3
+"""Largest object store of a local session: Rayograph streams, it does not cache data there."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the running session offers; `cpus` are logical where the session is local."""
+
+    cpus: int
+    gpus: int
+    nodes: int
+    local: bool
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def prepare_environment() -> None:
+    """Variables that Ray reads at import, or hands to its processes, are set; the user's own values win.
+
+    Must run before `import ray`: later, this process and the ones it starts would disagree on token authentication.
+    """
+    if "ray" in sys.modules:
+        return
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ and os.environ["RAY_AUTH_MODE"] == "token":
+        # A token of our own for each local session: ~/.ray/auth_token is created world-readable.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+prepare_environment()
+
+
+def _quiet(log: Path | None) -> list[tuple[logging.Logger, logging.Handler]]:
+    """Send Ray's chatter to `log` instead of the terminal; returns what to undo."""
+    undo: list[tuple[logging.Logger, logging.Handler]] = []
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.propagate = False
+        handler: logging.Handler = (
+            logging.FileHandler(log, encoding="utf-8", delay=True) if log else logging.NullHandler()
+        )
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        undo.append((logger, handler))
+    return undo
+
+
+def resources() -> Resources:
+    """What the current session has. Ray must be up."""
+    import ray
+
+    total = ray.cluster_resources()
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(nodes), "RAY_ADDRESS" not in os.environ)
+
+
+@contextlib.contextmanager
+def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
+    """Ray is up inside the block: the running one, the cluster of `RAY_ADDRESS`, or a local one.
+
+    Args:
+        cpus: logical CPUs that the work needs at once. A local session has at least this many, whatever the machine's
+            cores: on small machines training workers would otherwise leave none to Ray Data, which then waits forever.
+        log: file that takes Ray's messages.
+
+    A session that this call started is ended with the block, also on Ctrl-C, and its folder under Ray's temporary
+    directory is removed; one that was already there is left as it was.
+
+    Raises:
+        ResourceError: the cluster of `RAY_ADDRESS` cannot be joined.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield resources()
+        return
+    undo = _quiet(log)
+    folder: str | None = None
+    try:
+        if "RAY_ADDRESS" in os.environ:
+            _join()
+        else:
+            folder = _start_local(max(cpus, cores()))
+        import ray.data  # sets up loggers of its own, as ray.init does: silence them after both
+
+        undo += _quiet(log)
+        yield resources()
+    finally:
+        ray.shutdown()
+        for logger, handler in undo:
+            handler.close()
+            logger.handlers = []
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join() -> None:
+    import ray
+
+    try:
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ResourceError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: cannot join this cluster ({first})") from error
+
+
+def _start_local(cpus: int) -> str:
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else OBJECT_STORE_BYTES
+    store = int(max(100 * 1024**2, min(OBJECT_STORE_BYTES, 0.8 * shm)))
+    try:
+        context = _init_local(cpus, store)
+    except Exception as error:
+        raise ResourceError(
+            f"Ray could not be started on this machine ({type(error).__name__}); look at it with: rayograph doctor"
+        ) from error
+    return str(context.address_info["session_dir"])
+
+
+def _init_local(cpus: int, store: int) -> Any:
+    import ray
+
+    return ray.init(
+        num_cpus=cpus,
+        object_store_memory=store,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+        _temp_dir=os.environ.get("RAY_TMPDIR"),
+        _system_config={"health_check_timeout_ms": 60_000},  # two busy cores must not look like a dead node
+    )
+
+
+def scratch(prefix: str) -> Path:
+    """A new private folder for files that do not outlive the work."""
+    return Path(tempfile.mkdtemp(prefix=f"rayograph-{prefix}-"))

@@ -1,0 +1,63 @@
+"""`--config run.yaml`: read for the command line to convert like flags, and written from a config."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+from cluster import storage
+from cluster.errors import UsageError, nearest
+from cluster.outdir import FORMAT, config_text
+
+HEADER = ("verb", "format")
+"""Keys of a `config.yaml` that are not fields: which verb wrote it, and in which format version."""
+
+
+def load_yaml(path: str, config_class: type, *, verb: str) -> dict[str, Any]:
+    """The fields that a YAML file sets, scalars still as text: whoever converts flags converts these too.
+
+    An empty or null value stands for the field's default and is left out. Keys may be written with `-` or `_`.
+
+    Raises:
+        UsageError: no such file, not a YAML mapping, an unknown key, or the config of another verb.
+    """
+    values = _mapping(path)
+    _check_header(path, values, verb)
+    names = [field.name for field in fields(config_class)]
+    settings = {key.replace("-", "_"): value for key, value in values.items() if key not in HEADER}
+    for name in settings:
+        if name not in names:
+            raise UsageError(f"{path}: unknown key {storage.printable(name)!r} for {verb}.{nearest(name, names)}")
+    return {name: value for name, value in settings.items() if not _is_null(value)}
+
+
+def dump_yaml(verb: str, config: dict[str, Any]) -> str:
+    """The YAML of a config's `as_dict()`, with header, as `config.yaml` holds it and `--config` reads it."""
+    return config_text(verb, config)
+
+
+def _mapping(path: str) -> dict[str, Any]:
+    text = storage.read_bytes(path)
+    try:
+        # BaseLoader makes no objects and leaves every scalar a string; the safe loader would read `2:4` as 124
+        values = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{path}: must be a YAML mapping of names to values")
+    return values
+
+
+def _check_header(path: str, values: dict[str, Any], verb: str) -> None:
+    other = values.get("verb", verb)
+    if other != verb:
+        raise UsageError(f"{path}: is a config of `rayograph {other}`, not of {verb}")
+    version = str(values.get("format", FORMAT))
+    if not version.isdigit() or int(version) > FORMAT:
+        raise UsageError(f"{path}: format {version} is newer than this rayograph reads ({FORMAT})")
+
+
+def _is_null(value: object) -> bool:
+    return isinstance(value, str) and value.lower() in {"", "~", "null"}

@@ -1,0 +1,1 @@
+"""The endpoints over a trained model (arrives with `rayograph serve`)."""

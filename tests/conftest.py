@@ -1,0 +1,49 @@
+"""What all tests share. With `CI=true` a skip that nobody expects is a failure: a test never passes by not running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXPECTED_SKIPS = ("no GPU", "no real images", "not on this system")
+"""How the reason of a skip must begin for it to count as expected."""
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the checkout; without it the test is skipped, and says so."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real images: {folder} is absent")
+    return folder
+
+
+# `ray_session`, the one Ray of the whole test run, goes here.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    report = yield
+    return _expected_only(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    report = yield
+    return _expected_only(report)
+
+
+def _expected_only(report: Any) -> Any:
+    """The report, failed if it is a skip for another reason than the expected ones; an expected failure is no skip."""
+    if os.environ.get("CI") != "true" or not report.skipped or "wasxfail" in vars(report):
+        return report
+    reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+    if not reason.removeprefix("Skipped: ").startswith(EXPECTED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"with CI=true this skip is a failure: {reason}"
+    return report

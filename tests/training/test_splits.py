@@ -1,0 +1,179 @@
+"""Splits: every row judged once, no group on two sides, classes spread evenly, and what a leak looks like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
+from cluster.errors import UsageError
+from training.splits import Fold, cross_validation, hold_out
+
+Labelled = tuple[list[str], list[str]]
+
+
+@st.composite
+def labelled_groups(draw: st.DrawFn) -> Labelled:
+    """Labels and groups of rows; some groups hold several rows, some several classes."""
+    rows = draw(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 25)), min_size=4, max_size=120))
+    return [label for label, _ in rows], [f"g{group}" for _, group in rows]
+
+
+def groups_per_class(labels: list[str], groups: list[str]) -> Counter[str]:
+    return Counter(label for label, _ in set(zip(labels, groups, strict=True)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(labelled_groups(), st.integers(2, 5), st.integers(0, 2**32))
+def test_every_row_is_tested_once_per_repeat_and_no_group_is_on_both_sides(
+    rows: Labelled, folds: int, seed: int
+) -> None:
+    labels, groups = rows
+    assume(min(groups_per_class(labels, groups).values()) >= folds)
+    try:
+        fits = cross_validation(labels, groups, folds=folds, repeats=2, split="group", seed=seed)
+    except UsageError as error:  # a rare class whose groups are dragged together by other classes
+        assert "cannot be spread" in str(error)
+        return
+    assert [(fit.repeat, fit.fold) for fit in fits] == [(r, f) for r in range(2) for f in range(folds)]
+    for repeat in range(2):
+        tested = np.concatenate([fit.test for fit in fits if fit.repeat == repeat])
+        assert sorted(tested.tolist()) == list(range(len(labels)))
+    for fit in fits:
+        assert len(fit.train) and len(fit.test)
+        assert sorted([*fit.train.tolist(), *fit.test.tolist()]) == list(range(len(labels)))
+        assert not {groups[i] for i in fit.train} & {groups[i] for i in fit.test}
+        assert {labels[i] for i in fit.train} == set(labels)
+
+
+@settings(max_examples=150, deadline=None)
+@given(labelled_groups(), st.floats(0.05, 0.6), st.integers(0, 2**32))
+def test_holding_out_splits_groups_and_keeps_classes_in_training(rows: Labelled, fraction: float, seed: int) -> None:
+    labels, groups = rows
+    assume(len(set(groups)) >= 2)
+    train, held = hold_out(labels, groups, fraction=fraction, seed=seed)
+    assert len(train) and len(held)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(len(labels)))
+    assert not {groups[i] for i in train} & {groups[i] for i in held}
+    single = {label for label, n in groups_per_class(labels, groups).items() if n == 1}
+    some_group_takes_no_class = any(not single & {y for y, g in zip(*rows, strict=True) if g == k} for k in groups)
+    if some_group_takes_no_class:
+        assert {labels[i] for i in train} == set(labels)
+
+
+def test_the_held_share_of_each_class_is_the_fraction_asked_for() -> None:
+    labels = ["rare"] * 40 + ["common"] * 400
+    groups = [f"patient {i // 2}" for i in range(440)]
+    for seed in range(5):
+        _, held = hold_out(labels, groups, fraction=0.2, seed=seed)
+        counts = Counter(labels[i] for i in held)
+        assert counts == {"rare": 8, "common": 80}
+
+
+def test_another_seed_holds_out_other_groups() -> None:
+    labels, groups = ["a", "b"] * 50, [f"g{i}" for i in range(100)]
+    one, again, other = (hold_out(labels, groups, fraction=0.2, seed=seed)[1].tolist() for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+def test_a_single_group_cannot_be_held_out() -> None:
+    with pytest.raises(UsageError, match="one group"):
+        hold_out(["a", "b"], ["g", "g"], fraction=0.2, seed=0)
+
+
+def test_two_groups_of_different_classes_still_give_two_sides() -> None:
+    train, held = hold_out(["a", "a", "b"], ["g", "g", "h"], fraction=0.2, seed=0)
+    assert {len(train), len(held)} == {1, 2}
+
+
+def test_folds_hold_the_same_share_of_each_class() -> None:
+    labels = ["a"] * 60 + ["b"] * 120
+    groups = [f"g{i // 2}" for i in range(180)]
+    for fit in cross_validation(labels, groups, folds=5, repeats=2, split="group", seed=3):
+        assert Counter(labels[i] for i in fit.test) == {"a": 12, "b": 24}
+
+
+def test_each_repeat_is_another_split_and_the_same_seed_gives_the_same() -> None:
+    labels, groups = ["a", "b"] * 30, [f"g{i}" for i in range(60)]
+
+    def tests(seed: int, split: Literal["group", "image"]) -> list[list[int]]:
+        fits = cross_validation(labels, groups, folds=3, repeats=3, split=split, seed=seed)
+        return [fit.test.tolist() for fit in fits]
+
+    for split in ("group", "image"):
+        assert tests(5, split) == tests(5, split)
+        assert tests(5, split) != tests(6, split)
+        first, second, third = tests(5, split)[::3]
+        assert first != second != third != first
+
+
+def test_a_longer_cross_validation_begins_with_the_shorter_one() -> None:
+    labels, groups = ["a", "b"] * 30, [f"g{i}" for i in range(60)]
+    one = cross_validation(labels, groups, folds=3, repeats=1, split="group", seed=0)
+    two = cross_validation(labels, groups, folds=3, repeats=2, split="group", seed=0)
+    assert [fit.test.tolist() for fit in one] == [fit.test.tolist() for fit in two[:3]]
+
+
+@pytest.mark.parametrize("split", ["group", "image"])
+def test_the_order_of_the_rows_does_not_matter(split: Literal["group", "image"]) -> None:
+    rng = np.random.default_rng(0)
+    groups = [f"g{i}" for i in (rng.integers(0, 30, 90) if split == "group" else range(90))]
+    labels = ["ab"[int(group[1:]) % 2] for group in groups]
+    order = rng.permutation(90)
+
+    def contents(fits: list[Fold], rows: np.ndarray) -> list[set[int]]:
+        return [{int(rows[i]) for i in fit.test} for fit in fits]
+
+    straight = cross_validation(labels, groups, folds=3, repeats=2, split=split, seed=1)
+    shuffled = cross_validation(
+        [labels[i] for i in order], [groups[i] for i in order], folds=3, repeats=2, split=split, seed=1
+    )
+    assert contents(straight, np.arange(90)) == contents(shuffled, order)
+
+
+def test_rows_without_a_group_are_their_own_group() -> None:
+    fits = cross_validation(["a", "b"] * 10, [""] * 20, folds=5, repeats=1, split="group", seed=0)
+    assert [len(fit.test) for fit in fits] == [4] * 5
+    train, held = hold_out(["a", "b"] * 10, [""] * 20, fraction=0.2, seed=0)
+    assert (len(train), len(held)) == (16, 4)
+
+
+def test_a_class_with_too_few_groups_is_named_with_its_count_and_a_way_out() -> None:
+    labels, groups = ["a"] * 10 + ["in_situ"] * 6, [f"g{i}" for i in range(10)] + ["x", "x", "y", "y", "z", "z"]
+    with pytest.raises(UsageError) as caught:
+        cross_validation(labels, groups, folds=5, repeats=1, split="group", seed=0)
+    assert str(caught.value) == (
+        "class 'in_situ' has 3 groups, fewer than --folds 5: lower --folds to 3, or merge or drop the class"
+    )
+    assert len(cross_validation(labels, groups, folds=5, repeats=1, split="image", seed=0)) == 5
+
+
+def test_a_class_with_one_image_cannot_be_cross_validated_at_all() -> None:
+    with pytest.raises(UsageError) as caught:
+        cross_validation(["a"] * 9 + ["b"], [""] * 10, folds=2, repeats=1, split="image", seed=0)
+    assert str(caught.value) == "class 'b' has 1 image, fewer than --folds 2: merge or drop the class"
+
+
+def test_a_watermark_of_the_patient_is_worth_nothing_under_group_splits_and_everything_under_image_splits() -> None:
+    """Random labels and a feature constant within a patient: only a leak lets a classifier do better than chance."""
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(100), 6)
+    labels = np.array(["benign", "malignant"])[rng.integers(0, 2, 100)][patient]
+    watermark = rng.normal(size=(100, 8))[patient]
+
+    def accuracy(split: Literal["group", "image"]) -> float:
+        right = np.zeros(len(labels))
+        groups = [f"patient {p}" for p in patient]
+        for fit in cross_validation(labels.tolist(), groups, folds=5, repeats=1, split=split, seed=0):
+            model = KNeighborsClassifier(1).fit(watermark[fit.train], labels[fit.train])
+            right[fit.test] = model.predict(watermark[fit.test]) == labels[fit.test]
+        return float(right.mean())
+
+    assert abs(accuracy("group") - 0.5) < 3 * np.sqrt(0.25 / 100)  # three standard errors of 100 patients
+    assert accuracy("image") > 0.98

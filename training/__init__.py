@@ -1,0 +1,48 @@
+"""The science: data, pretraining, transfer, evaluation; and one thin Ray layer that runs it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
+
+if TYPE_CHECKING:
+    from training.evaluate import evaluate
+    from training.inference import embed, predict
+    from training.ingest import ingest
+    from training.pretrain import pretrain
+    from training.transfer import transfer
+
+_VERBS = {
+    "ingest": "training.ingest",
+    "pretrain": "training.pretrain",
+    "transfer": "training.transfer",
+    "evaluate": "training.evaluate",
+    "predict": "training.inference",
+    "embed": "training.inference",
+}
+
+__all__ = [
+    "EvaluateConfig",
+    "InferenceConfig",
+    "IngestConfig",
+    "PretrainConfig",
+    "TransferConfig",
+    "embed",
+    "evaluate",
+    "ingest",
+    "predict",
+    "pretrain",
+    "transfer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`from training import pretrain` without importing torch and Ray before a verb is used."""
+    if name not in _VERBS:
+        raise AttributeError(f"module 'training' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_VERBS[name]), name)
+    globals()[name] = value  # a submodule of the same name must not shadow the function
+    return value

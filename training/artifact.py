@@ -1,0 +1,198 @@
+"""What a model *is*: RUN/model/, its weights in timm's keys and model.json with the whole image path. No pickle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cluster import storage
+from cluster.errors import UsageError
+from training.calibration import apply_temperature
+from training.encoder import Architecture
+from training.images import ImagePath
+from training.transform import Input, evaluation_view
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """model.json: everything but the weights."""
+
+    architecture: Architecture
+    image_path: ImagePath
+    input: Input
+    head: str = "none"
+    """none (an encoder), network (the classifier is part of the network) or estimator (scikit-learn on its features)."""
+    classes: tuple[str, ...] = ()
+    temperature: float = 1.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "architecture": self.architecture.as_dict(),
+            "image_path": self.image_path.as_dict(),
+            "input": self.input.as_dict(),
+            "head": self.head,
+            "classes": list(self.classes),
+            "temperature": self.temperature,
+            "metrics": self.metrics,
+            "lineage": self.lineage,
+            "versions": versions(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelCard:
+        return cls(
+            architecture=Architecture(**values["architecture"]),
+            image_path=ImagePath.from_dict(values["image_path"]),
+            input=Input.from_dict(values["input"]),
+            head=values["head"],
+            classes=tuple(values["classes"]),
+            temperature=float(values["temperature"]),
+            metrics=values["metrics"],
+            lineage=values["lineage"],
+        )
+
+
+class Estimator(Protocol):
+    """A classifier on features; see `training.tasks.frozen`."""
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded artifact, in evaluation mode on `device`."""
+
+    card: ModelCard
+    network: nn.Module
+    estimator: Estimator | None
+    device: str
+    sha256: str
+
+    def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]."""
+        return self._run(pixels, batch_size)[0]
+
+    def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3].
+
+        Raises:
+            UsageError: the model is an encoder without classes.
+        """
+        return self.answer(pixels, batch_size)[1]
+
+    def answer(self, pixels: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """(features [N, D], calibrated probabilities [N, K]) from one pass of the network."""
+        if self.card.head == "none":
+            raise UsageError("this model is an encoder without classes; train one with: rayograph transfer --init RUN")
+        features, logits = self._run(pixels, batch_size)
+        if self.estimator is not None:
+            raw = self.estimator.probabilities(features)
+        else:
+            raw = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
+        return features, apply_temperature(raw, self.card.temperature)
+
+    @torch.inference_mode()
+    def _run(self, pixels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        features, logits = [], []
+        for at in range(0, len(pixels), batch_size):
+            images = evaluation_view(pixels[at : at + batch_size], self.card.input, self.device)
+            f, z = forward(self.network, images)
+            features.append(f.float().cpu().numpy())
+            logits.append(z.float().cpu().numpy())
+        return np.concatenate(features), np.concatenate(logits)
+
+
+def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pooled features [B, D], logits [B, K] or the features again) of a timm network."""
+    tokens = network.forward_features(images)  # type: ignore[operator]
+    features = network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+    return features, network.get_classifier()(features)  # type: ignore[operator]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the code and of the packages that decide numbers."""
+    names = ("rayograph", "torch", "timm", "numpy", "pillow", "scikit-learn", "ray")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save_model(folder: Path, card: ModelCard, network: nn.Module, *, files: Sequence[tuple[str, bytes]] = ()) -> None:
+    """`folder` holds the artifact, whole; `files` are further named parts, such as the estimator."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files:
+        storage.write_bytes(partial / name, content)
+    hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
+    storage.write_json(partial / "model.json", card.as_dict() | {"sha256": hashes})
+    storage.publish_folder(partial, folder)
+
+
+def model_folder(run: str | Path) -> Path:
+    """RUN/model, or `run` itself where it is such a folder.
+
+    Raises:
+        UsageError: it holds no model.
+    """
+    path = Path(run)
+    for folder in (path / "model", path):
+        if (folder / "model.json").is_file():
+            return folder
+    if (path / "config.yaml").is_file():
+        raise UsageError(f"{run}: this run has not finished, so it has no model yet; run its command again")
+    raise UsageError(f"{run}: not a RUN (no model/model.json)")
+
+
+def read_card(run: str | Path) -> tuple[ModelCard, dict[str, str]]:
+    """(model.json, the sha256 of the files beside it), after a check of its format version."""
+    folder = model_folder(run)
+    values = storage.read_json(folder / "model.json")
+    if values.get("format", 0) > FORMAT:
+        raise UsageError(f"{run}: model format {values['format']} is newer than this Rayograph's {FORMAT}; upgrade")
+    try:
+        return ModelCard.from_dict(values), dict(values["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{run}: model.json is damaged ({error})") from error
+
+
+def load_model(run: str | Path, device: str = "cpu") -> Model:
+    """The model of a RUN, its files checked against their sha256.
+
+    Raises:
+        UsageError: it is not one, is newer than this code, or a file was changed.
+    """
+    folder = model_folder(run)
+    card, hashes = read_card(run)
+    for name, wanted in hashes.items():
+        if not (folder / name).is_file() or storage.sha256_file(folder / name) != wanted:
+            raise UsageError(f"{folder / name}: missing or changed since the model was written (sha256 differs)")
+    network = card.architecture.build(len(card.classes) if card.head == "network" else 0)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    estimator: Estimator | None = None
+    if card.head == "estimator":
+        from training.tasks.frozen import load_estimator
+
+        estimator = load_estimator((folder / "head.skops").read_bytes())
+    network.requires_grad_(False)
+    return Model(card, network.eval().to(device), estimator, device, hashes["model.safetensors"])

@@ -1,0 +1,267 @@
+"""One frozen config per verb: the single definition of its flags, YAML keys, Python API and `config.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal
+
+from cyclopts import Parameter
+
+from cluster.errors import UsageError
+
+Task = Literal["finetune", "linear", "knn", "svm"]
+Split = Literal["group", "image"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every verb's config shares: checked on construction, comparable, written as plain YAML."""
+
+    RUNTIME: ClassVar[frozenset[str]] = frozenset({"out", "overwrite", "workers", "device", "images"})
+    """Fields that do not change the result, so they are left out when two configs are compared."""
+    RAISABLE: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may grow when an `--out` is taken up again."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result, as plain values."""
+        return {k: v for k, v in self.as_dict().items() if k not in self.RUNTIME}
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def _require(self, field: str, ok: bool, rule: str) -> None:
+        if not ok:
+            flag = field.replace("_", "-")
+            raise UsageError(f"--{flag} {getattr(self, field)}: {rule}")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class IngestConfig(Config):
+    source: Annotated[str, Parameter(name="source")]
+    "Folder, index.csv, Parquet manifest, MedMNIST .npz, medmnist:NAME or phantom:N; local or any pyarrow.fs URI."
+    _: KW_ONLY
+    out: str
+    "Where the DATASET goes."
+    image_size: str = "auto"
+    "Stored size, N or HxW; auto is 128 without an accelerator and 256 with one."
+    fit: Literal["letterbox", "squash", "crop"] = "letterbox"
+    "How an image of another shape is fitted into the stored size."
+    channels: Literal["auto", "1", "3"] = "auto"
+    "Channels of the stored images; auto is 3 unless every image is grey."
+    window: str = "auto"
+    "Grey values LOW:HIGH mapped to black and white; auto: the 0.5 to 99.5 percentile of each image of more than 8 bits."
+    max_quarantined: float = 0.05
+    "Largest share of unreadable images that is still accepted."
+    max_merged_group: float = 0.05
+    "Largest share of the data that copies may weld into one group before ingest stops."
+    max_pixels: int = 100_000_000
+    "Images with more pixels than this are quarantined unread."
+    seed: int = 0
+    "Seed of generated phantoms."
+    overwrite: bool = False
+    "Replace what is at --out."
+
+    def __post_init__(self) -> None:
+        self._require("max_quarantined", 0 <= self.max_quarantined <= 1, "must lie between 0 and 1")
+        self._require("max_merged_group", 0 < self.max_merged_group <= 1, "must lie between 0 and 1")
+        self._require("max_pixels", self.max_pixels > 0, "must be positive")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PretrainConfig(Config):
+    RAISABLE: ClassVar[frozenset[str]] = frozenset({"epochs"})
+
+    data: str
+    "A DATASET, or any SOURCE that ingest takes."
+    _: KW_ONLY
+    out: str
+    "Where the RUN goes; an unfinished one of the same config is resumed."
+    method: str = "mae"
+    "Pretraining method."
+    preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
+    "Model size; auto is tiny without an accelerator and base with one."
+    model: str | None = None
+    "A timm ViT name instead of the preset's."
+    init: str = "none"
+    "Starting weights: none, a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
+    where: tuple[str, ...] = ()
+    "Keep only rows whose COLUMN=VALUE."
+    epochs: int = 100
+    "Passes over the data."
+    batch_size: int = 64
+    "Global batch size, whatever the number of workers."
+    workers: str = "auto"
+    "Training processes; auto is one per GPU of the cluster, else one per two cores, at most 2."
+    seed: int = 0
+    "Decides data order, augmentation, masks and initial weights."
+    image_size: str = "auto"
+    "N or HxW, divisible by the patch; auto is the preset's."
+    mask_ratio: float = 0.75
+    "Share of patches hidden from the encoder."
+    norm_pix: bool = True
+    "Reconstruct patches normalised by their own mean and variance."
+    decoder_width: int | None = None
+    "Decoder embedding width; default by preset."
+    decoder_depth: int | None = None
+    "Decoder blocks; default by preset."
+    lr: float = 1e-3
+    "Peak learning rate at a global batch of 256; scaled linearly with --batch-size."
+    weight_decay: float = 0.05
+    "AdamW weight decay."
+    warmup: float = 0.05
+    "Share of the steps in which the learning rate rises."
+    clip: float = 1.0
+    "Largest gradient norm."
+    min_crop: float = 0.4
+    "Smallest share of the image area that a random crop keeps."
+    flip: bool = True
+    "Mirror half of the images left to right."
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    "auto is bf16 where the hardware gains from it."
+    checkpoint_s: float = 60.0
+    "Seconds between checkpoints."
+    keep: int = 2
+    "Checkpoints kept."
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    "Where training runs."
+    overwrite: bool = False
+    "Throw away what is at --out."
+
+    def __post_init__(self) -> None:
+        self._require("epochs", self.epochs > 0, "must be at least 1")
+        self._require("batch_size", self.batch_size > 0, "must be at least 1")
+        self._require("mask_ratio", 0 < self.mask_ratio < 1, "must lie between 0 and 1")
+        self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
+        self._require("warmup", 0 <= self.warmup < 1, "must lie between 0 and 1")
+        self._require("keep", self.keep >= 1, "must be at least 1")
+        self._require("lr", self.lr > 0, "must be positive")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TransferConfig(Config):
+    data: str
+    "A DATASET, or any SOURCE that ingest takes."
+    _: KW_ONLY
+    out: str
+    "Where the RUN goes."
+    init: str = "imagenet"
+    "Starting weights: imagenet, a RUN, timm:NAME, hf-hub:NAME, a safetensors file in timm keys, or none."
+    task: Task = "finetune"
+    "finetune trains the network; linear, knn and svm judge frozen features."
+    preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
+    "Model size where --init names no model."
+    model: str | None = None
+    "A timm name where --init names no model."
+    where: tuple[str, ...] = ()
+    "Keep only rows whose COLUMN=VALUE."
+    folds: int = 5
+    "Cross-validation folds."
+    repeats: int = 1
+    "Repetitions of the cross-validation with other splits."
+    split: Split = "group"
+    "group keeps a patient on one side; image does not, and leaks."
+    epochs: int = 20
+    "Passes of fine-tuning."
+    batch_size: int = 32
+    "Global batch size."
+    lr: float = 1e-3
+    "Peak learning rate of fine-tuning."
+    layer_decay: float = 0.75
+    "Each layer below the head learns at this share of the rate of the one above."
+    weight_decay: float = 0.05
+    "AdamW weight decay."
+    drop_path: float = 0.1
+    "Stochastic depth of fine-tuning."
+    label_smoothing: float = 0.1
+    "Label smoothing of fine-tuning."
+    min_crop: float = 0.6
+    "Smallest share of the image area that a random crop keeps."
+    image_size: str = "auto"
+    "N or HxW; auto is the size of the initial weights' model."
+    workers: str = "auto"
+    "Folds fitted at the same time."
+    seed: int = 0
+    "Decides splits, order, augmentation and initial weights."
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    "Where training runs."
+    images: bool = True
+    "Pictures of the data in report.html."
+    overwrite: bool = False
+    "Throw away what is at --out."
+
+    def __post_init__(self) -> None:
+        self._require("folds", self.folds >= 2, "needs at least 2")
+        self._require("repeats", self.repeats >= 1, "needs at least 1")
+        self._require("epochs", self.epochs > 0, "must be at least 1")
+        self._require("batch_size", self.batch_size > 1, "must be at least 2")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "must lie between 0 and 1")
+        self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class EvaluateConfig(Config):
+    _: KW_ONLY
+    model: str
+    "A RUN of transfer, or its model folder."
+    data: str
+    "A labelled DATASET, or any SOURCE that ingest takes, that the model has not seen."
+    out: str
+    "Where the report goes."
+    where: tuple[str, ...] = ()
+    "Keep only rows whose COLUMN=VALUE."
+    allow_seen: bool = False
+    "Also judge images of the model's own lineage; the figures are then optimistic."
+    batch_size: int = 64
+    "Images per forward pass."
+    seed: int = 0
+    "Seed of the bootstrap."
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    "Where the model runs."
+    images: bool = True
+    "Pictures of the data in report.html."
+    overwrite: bool = False
+    "Throw away what is at --out."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class InferenceConfig(Config):
+    """Config of `predict` and `embed`."""
+
+    source: Annotated[str, Parameter(name="source")]
+    "Whatever ingest takes, or a DATASET."
+    _: KW_ONLY
+    model: str
+    "A RUN, or its model folder."
+    out: str
+    "The Parquet file to write."
+    where: tuple[str, ...] = ()
+    "Keep only rows whose COLUMN=VALUE."
+    batch_size: int = 64
+    "Images per forward pass."
+    workers: str = "auto"
+    "Model replicas working at the same time."
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    "Where the model runs."
+    overwrite: bool = False
+    "Replace the file at --out."
+
+
+def parse_size(text: str, *, flag: str = "--image-size") -> tuple[int, int]:
+    """`"96"` -> (96, 96) and `"64x144"` -> (64, 144), as (height, width) in pixels.
+
+    Raises:
+        UsageError: not N or HxW, or a side outside 8..4096.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+        raise UsageError(f"{flag} {text}: give N or HxW in pixels, such as 96 or 64x144")
+    height, width = int(parts[0]), int(parts[-1])
+    if not (8 <= height <= 4096 and 8 <= width <= 4096):
+        raise UsageError(f"{flag} {text}: each side must lie between 8 and 4096 pixels")
+    return height, width

@@ -1,0 +1,159 @@
+"""A DATASET on disk: its manifest, its shards, and how rows of pixels are read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.errors import UsageError, nearest
+from training.images import ImagePath, to_channels
+from training.plan import Plan, window_for
+
+FORMAT = 1
+ROW_GROUP = 64
+"""Rows per Parquet row group: the unit that is read."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some ok rows of a dataset: where their pixels lie and what is known of them. One entry per row, manifest order."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def column(self, name: str) -> list[Any]:
+        return list(self.table[name].to_pylist())
+
+    def take(self, rows: np.ndarray | Sequence[int]) -> Selection:
+        return Selection(self.table.take(pa.array(np.asarray(rows, dtype=np.int64))))
+
+    @cached_property
+    def row_groups(self) -> list[tuple[str, int, np.ndarray, np.ndarray]]:
+        """(shard, row group, rows within it, places in this selection) for each row group that holds a row of it."""
+        shards = np.asarray(self.column("shard"), dtype=object).astype(str)
+        rows = np.asarray(self.column("row"), dtype=np.int64)
+        order = np.lexsort((rows, shards))
+        if not len(order):
+            return []
+        group = rows[order] // ROW_GROUP
+        change = (shards[order][1:] != shards[order][:-1]) | (group[1:] != group[:-1])
+        return [
+            (str(shards[part[0]]), int(rows[part[0]] // ROW_GROUP), rows[part] % ROW_GROUP, part)
+            for part in np.split(order, np.flatnonzero(change) + 1)
+        ]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An ingested DATASET. `info` is its dataset.json."""
+
+    path: Path
+    info: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """Raises UsageError where `path` is not a finished DATASET of a known format."""
+        folder = Path(path)
+        if not (folder / "dataset.json").is_file():
+            raise UsageError(f"{path}: not a DATASET (no dataset.json); make one with: rayograph ingest SOURCE --out …")
+        info = storage.read_json(folder / "dataset.json")
+        if info.get("format", 0) > FORMAT:
+            raise UsageError(
+                f"{path}: dataset format {info['format']} is newer than this Rayograph's {FORMAT}; upgrade"
+            )
+        return cls(folder, info)
+
+    @property
+    def version(self) -> str:
+        return str(self.info["version"])
+
+    @property
+    def channels(self) -> int:
+        return int(self.info["channels"])
+
+    @property
+    def image_path(self) -> ImagePath:
+        return ImagePath.from_dict(self.info["image_path"])
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        return pq.read_table(self.path / "manifest.parquet")
+
+    def select(self, where: Sequence[str] = (), *, labelled: bool = False) -> Selection:
+        """The ok rows for which every COLUMN=VALUE of `where` holds.
+
+        Raises:
+            UsageError: no such column, not COLUMN=VALUE, or no row is left.
+        """
+        table = self.manifest.filter(pc.equal(self.manifest["status"], "ok"))
+        for condition in where:
+            name, sign, value = condition.partition("=")
+            if not sign:
+                raise UsageError(f"--where {condition}: give COLUMN=VALUE")
+            if name not in table.column_names:
+                raise UsageError(f"--where {condition}: no column {name!r}.{nearest(name, table.column_names)}")
+            table = table.filter(pc.equal(pc.cast(table[name], pa.string()), value))
+        if labelled:
+            table = table.filter(pc.not_equal(table["label"], ""))
+        if not table.num_rows:
+            what = "labelled image" if labelled else "image"
+            raise UsageError(f"{self.path}: no {what} is left" + (f" by --where {' '.join(where)}" if where else ""))
+        return Selection(table)
+
+    def plan(self, selection: Selection, *, batch_size: int, seed: int) -> Plan:
+        path = self.image_path
+        sizes = tuple(len(rows) for _, _, rows, _ in selection.row_groups)
+        window = window_for(ROW_GROUP, path.height * path.width * self.channels)
+        return Plan(sizes, batch_size, seed, self.version, window)
+
+    def read_row_group(self, shard: str, row_group: int, rows: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [len(rows), height, width, channels] of the dataset's own number of channels."""
+        table = pq.ParquetFile(self.path / "shards" / shard).read_row_group(row_group, columns=["pixels", "channels"])
+        return self.unpack(table, rows)
+
+    def unpack(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
+        path, pixels, channels = self.image_path, table["pixels"], table["channels"].to_pylist()
+        out = np.empty((len(rows), path.height, path.width, self.channels), dtype=np.uint8)
+        for at, row in enumerate(rows):
+            flat = np.frombuffer(pixels[int(row)].as_buffer(), dtype=np.uint8)
+            image = flat.reshape(path.height, path.width, channels[int(row)])
+            out[at] = image if channels[int(row)] == self.channels else to_channels(image, self.channels)
+        return out
+
+    def pixels(self, selection: Selection) -> np.ndarray:
+        """All pixels of a selection, uint8 [N, height, width, channels], in its order. Held in memory at once."""
+        path = self.image_path
+        out = np.empty((len(selection), path.height, path.width, self.channels), dtype=np.uint8)
+        for shard, row_group, rows, places in selection.row_groups:
+            out[places] = self.read_row_group(shard, row_group, rows)
+        return out
+
+
+def leaves(labels: Sequence[str]) -> list[str]:
+    """The sorted classes of single-label rows.
+
+    Raises:
+        UsageError: a row has several labels, fewer than two classes remain, or a class is also another's parent.
+    """
+    multi = next((label for label in labels if "|" in label), None)
+    if multi is not None:
+        raise UsageError(f"label {multi!r} names several classes; multi-label tasks are not supported yet")
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise UsageError(f"needs images of at least two classes; found {', '.join(classes) or 'none'}")
+    for name in classes:
+        child = next((c for c in classes if c.startswith(name + "/")), None)
+        if child is not None:
+            raise UsageError(f"class {name!r} is also the parent of {child!r}; give its images a leaf of their own")
+    return classes

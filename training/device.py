@@ -1,0 +1,79 @@
+"""What `auto` means: device, precision and how many workers. The same code runs on CPU, one GPU and many nodes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ResourceError, UsageError
+from cluster.session import Resources, cores
+
+
+def accelerator() -> bool:
+    """Whether this machine shows a GPU that training could use; does not import torch where there clearly is none."""
+    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() or Path("/System/Library").exists()):
+        return False
+    return choose_device("auto") != "cpu"
+
+
+def choose_device(device: str) -> str:
+    """`cuda`, `mps` or `cpu`.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto":
+        return found
+    if device not in {found, "cpu"}:
+        raise UsageError(f"--device {device}: this machine has none (auto would be {found})")
+    return device
+
+
+@functools.cache
+def bf16_gains(device: str) -> bool:
+    """Whether mixed precision pays on this device; on CPUs it was measured not to, even with AMX, at these widths."""
+    import torch
+
+    return device == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def precision_of(precision: str, device: str) -> str:
+    return ("bf16" if bf16_gains(device) else "fp32") if precision == "auto" else precision
+
+
+def count_workers(workers: str, found: Resources | None, device: str) -> int:
+    """Workers that `--workers` means here.
+
+    Raises:
+        UsageError: not a number.
+        ResourceError: more workers than the cluster's GPUs or this machine's cores.
+    """
+    if workers == "auto":
+        if device == "cuda":
+            return max(1, found.gpus if found else 1)
+        return min(2, cores())
+    if not workers.isdigit() or int(workers) < 1:
+        raise UsageError(f"--workers {workers}: give a number from 1 on, or auto")
+    count = int(workers)
+    if device == "cuda" and found and count > found.gpus:
+        raise ResourceError(f"--workers {count}: the cluster has {found.gpus} GPUs; ask for at most that many")
+    limit = cores() if found is None or found.local else found.cpus
+    if device != "cuda" and count > limit:
+        raise ResourceError(f"--workers {count}: only {limit} CPU cores are here; ask for at most that many")
+    return count
+
+
+def threads_for(workers: int) -> int:
+    """Torch threads of each of `workers` processes on this machine."""
+    return max(1, cores() // workers)
+
+
+def describe(device: str) -> dict[str, Any]:
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return {"device": device, "name": name, "torch": torch.__version__}

@@ -1,0 +1,178 @@
+"""Pictures of results as PNG files: matplotlib's object-oriented API on the Agg canvas, without global state.
+
+Colours are Okabe and Ito's (2008) and shades of one blue: both survive colour blindness and a grey printer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+DPI = 144
+LABEL_WIDTH = 22
+"""Characters of a class name per line."""
+
+Pixels = NDArray[np.uint8]
+
+
+def confusion_matrix(counts: ArrayLike, classes: Sequence[str], path: Path) -> None:
+    """Draws counts [C,C] (rows the truth): each cell holds its count and is shaded by its share of the row."""
+    n = np.asarray(counts)
+    if n.shape != (len(classes), len(classes)):
+        raise ValueError(f"counts {n.shape}: must be {len(classes)} x {len(classes)}, one row per class")
+    shares = n / np.maximum(n.sum(axis=1, keepdims=True), 1)
+    side = max(2.2, 0.62 * len(classes))
+    figure, axes = _figure(side + 2.8, side + 1.6)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [_wrapped(name) for name in classes]
+    if max(map(len, names)) > 8:
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    size = 9 if n.max(initial=0) < 10_000 else 7
+    for (row, column), count in np.ndenumerate(n):
+        colour = "white" if shares[row, column] > 0.55 else "black"
+        axes.text(column, row, f"{count:g}", ha="center", va="center", color=colour, fontsize=size)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("share of the true class")
+    _save(figure, path)
+
+
+def reliability_diagram(
+    confidence: ArrayLike, accuracy: ArrayLike, counts: ArrayLike, ece: float | None, path: Path
+) -> None:
+    """Draws accuracy against confidence per bin, [bins] each, over a histogram of the counts; empty bins are left out.
+
+    The arguments are those of `training.metrics.reliability`; bins are of equal width over 0 to 1.
+    """
+    x, y, n = (np.asarray(a, dtype=np.float64) for a in (confidence, accuracy, counts))
+    figure = Figure(figsize=(4.6, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges, used = np.linspace(0, 1, len(n) + 1), n > 0
+    middles, width = (edges[:-1] + edges[1:]) / 2, edges[1]
+    upper.bar(middles[used], y[used], width, color=COLOURS[5], edgecolor="white", label="accuracy in the bin")
+    upper.plot([0, 1], [0, 1], "--", color="#555555", label="perfectly calibrated")
+    upper.plot(x[used], y[used], "o-", color=COLOURS[1], markersize=4, label="at the mean confidence")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    if ece is not None:
+        upper.set_title(f"expected calibration error {ece:.3f}", fontsize=10)
+    upper.legend(fontsize=8)
+    lower.bar(middles, n, width, color=COLOURS[0], edgecolor="white")
+    lower.set(xlabel="confidence (largest probability)", ylabel="predictions")
+    lower.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axes in (upper, lower):
+        _plain(axes)
+    _save(figure, path)
+
+
+def curves(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, xlabel: str, ylabel: str, log_y: bool = False
+) -> None:
+    """Draws one line per entry, name -> (x [N], y [N]); values that are not finite leave a gap."""
+    figure, axes = _figure(6.4, 3.6)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+        values = np.asarray(y, dtype=np.float64)
+        marker = "o" if len(values) == 1 else None
+        axes.plot(np.asarray(x), values, color=colour, linestyle=style, linewidth=1.4, marker=marker, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(axis="y", which="major", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    _save(figure, path)
+
+
+def reconstructions(original: Pixels, masked: Pixels, reconstructed: Pixels, path: Path) -> None:
+    """Draws three rows of K pictures [K,H,W,C] uint8 (C 1 or 3): original, masked, reconstruction."""
+    rows = {"original": original, "masked": masked, "reconstruction": reconstructed}
+    height, width = original.shape[1:3]
+    cell = 1.3
+    figure = Figure(
+        figsize=(cell * len(original) + 1, cell * 3 * height / width + 0.2),
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0),
+    )
+    grid = figure.subplots(3, len(original), squeeze=False)
+    for (name, images), line in zip(rows.items(), grid, strict=True):
+        for image, axes in zip(images, line, strict=True):
+            _picture(axes, image)
+        line[0].set_ylabel(name, fontsize=9, rotation="horizontal", ha="right", va="center")
+    _save(figure, path)
+
+
+def contact_sheet(images: Sequence[Pixels], captions: Sequence[str], path: Path, columns: int = 6) -> None:
+    """Draws pictures [H,W] or [H,W,C] uint8 of any sizes in a grid, each with its caption below."""
+    if not images:
+        raise ValueError("images: a contact sheet needs at least one")
+    columns = min(columns, len(images))
+    lines = -(-len(images) // columns)
+    texts = [_wrapped(caption) for caption in captions]
+    text_height = 0.15 * max(text.count("\n") + 1 for text in texts) + 0.12
+    figure = Figure(figsize=(1.55 * columns, (1.45 + text_height) * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid[len(images) :]:
+        axes.set_axis_off()
+    for axes, image, text in zip(grid[: len(images)], images, texts, strict=True):
+        _picture(axes, image)
+        axes.set_adjustable("datalim")
+        axes.set_box_aspect(1)  # square cells, so that the captions of a line stand level
+        axes.set_xlabel(text, fontsize=7, labelpad=3)
+    _save(figure, path)
+
+
+def _picture(axes: Axes, image: Pixels) -> None:
+    pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _wrapped(text: str) -> str:
+    """Lines of at most `LABEL_WIDTH`, cut after `/`, else at `_`, `-` and blanks; `$` starts no formula."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        levels = [line] if len(line) <= LABEL_WIDTH else re.findall(r"[^/]*/|[^/]+", line)
+        lines += [cut for level in levels for cut in _cut(level.strip())]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _cut(text: str) -> list[str]:
+    lines = [""]
+    for piece in re.findall(r"[^ _-]*[ _-]|[^ _-]+", text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > LABEL_WIDTH:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
+def _plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)

@@ -1,0 +1,9 @@
+"""Pretraining methods: one file and one entry each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training.methods.mae import MAE
+
+METHODS: dict[str, Any] = {"mae": MAE}

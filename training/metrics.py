@@ -1,0 +1,316 @@
+"""How good out-of-fold predictions are, with intervals: every metric of `summary.json`, written over row weights.
+
+A bootstrap over groups is a set of row weights, so confusion matrices, bin gaps and ranks are computed for many
+resamples at once. In the code below, G counts groups, B resamples, N rows of one fold, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+BINS = 15
+"""Bins of the expected calibration error, as in Guo et al., 2017."""
+CELLS = 4_000_000
+"""Largest rows x resamples array that the bootstrap holds at once."""
+
+
+class Metric(TypedDict):
+    """One entry of `metrics` in `summary.json`; `None` where a value is not defined."""
+
+    value: float | None
+    ci95: list[float | None]
+    per_fold: list[float | None]
+
+
+class Reliability(NamedTuple):
+    """Top-1 confidence against accuracy in equal-width bins; [bins] each, NaN in an empty bin."""
+
+    confidence: Floats
+    accuracy: Floats
+    counts: Ints
+
+
+# --- Metrics of confusion matrices [..., C (truth), C (predicted)] -> [...]; NaN where undefined -------------------
+
+
+def accuracy(confusions: ArrayLike) -> Floats:
+    """Share of the rows that are right."""
+    m = np.asarray(confusions, dtype=np.float64)
+    return _ratio(_diagonal(m).sum(-1), m.sum((-2, -1)))
+
+
+def balanced_accuracy(confusions: ArrayLike) -> Floats:
+    """Mean recall of the classes that occur in the truth."""
+    m = np.asarray(confusions, dtype=np.float64)
+    return _mean_defined(_ratio(_diagonal(m), m.sum(-1)), axis=-1)
+
+
+def kappa(confusions: ArrayLike) -> Floats:
+    """Cohen's kappa (Cohen, 1960)."""
+    m = np.asarray(confusions, dtype=np.float64)
+    return _kappa(m, 1.0 - np.eye(m.shape[-1], dtype=np.float64))
+
+
+def kappa_quadratic(confusions: ArrayLike) -> Floats:
+    """Cohen's kappa with squared distances between class indices (Cohen, 1968): classes must be in their order."""
+    m = np.asarray(confusions, dtype=np.float64)
+    index = np.arange(m.shape[-1], dtype=np.float64)
+    return _kappa(m, np.square(index[:, None] - index[None, :]))
+
+
+def f1_macro(confusions: ArrayLike) -> Floats:
+    """Mean F1 of the classes that occur in the truth or among the predictions."""
+    m = np.asarray(confusions, dtype=np.float64)
+    return _mean_defined(_ratio(2 * _diagonal(m), m.sum(-1) + m.sum(-2)), axis=-1)
+
+
+def _kappa(m: Floats, cost: Floats) -> Floats:
+    expected = m.sum(-1)[..., :, None] * m.sum(-2)[..., None, :]
+    total = m.sum((-2, -1))
+    return 1 - _ratio((m * cost).sum((-2, -1)) * total, (expected * cost).sum((-2, -1)))
+
+
+OF_CONFUSION: dict[str, Callable[[ArrayLike], Floats]] = {
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "kappa": kappa,
+    "kappa_quadratic": kappa_quadratic,
+    "f1_macro": f1_macro,
+}
+NAMES = (*OF_CONFUSION, "auroc", "ece")
+
+
+# --- Metrics of probabilities --------------------------------------------------------------------------------------
+
+
+def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int) -> Ints:
+    """Counts [classes, classes]: rows are the truth, columns the prediction."""
+    t, p = np.asarray(truth, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
+    return np.bincount(t * classes + p, minlength=classes * classes).reshape(classes, classes)
+
+
+def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> Reliability:
+    """Mean top-1 confidence, accuracy and count of rows per bin; bin b holds confidences in (b/bins, (b+1)/bins]."""
+    p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
+    which, counts = _bin(p.max(1), bins), np.bincount(_bin(p.max(1), bins), minlength=bins)
+    return Reliability(
+        _ratio(np.bincount(which, p.max(1), bins), counts),
+        _ratio(np.bincount(which, (p.argmax(1) == t).astype(np.float64), bins), counts),
+        counts,
+    )
+
+
+def ece(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> float:
+    """Expected calibration error of the top-1 confidence (Guo et al., 2017, equation 3), 0 to 1."""
+    confidence, right, counts = reliability(probabilities, truth, bins)
+    return float(np.nansum(counts * np.abs(right - confidence)) / counts.sum())
+
+
+def auroc(probabilities: ArrayLike, truth: ArrayLike, weights: ArrayLike | None = None) -> Floats:
+    """Macro one-vs-rest area under the ROC curve, [B] for row weights [N,B] (all ones, B = 1, without them).
+
+    The area is the chance that a row of the class scores above one of the rest, ties counting half. A class that is
+    absent, or is the only one present, is skipped; two classes give the plain area of class 1. NaN if none is left.
+    """
+    p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
+    w = np.ones((len(t), 1)) if weights is None else np.asarray(weights, dtype=np.float64)
+    judged = [1] if p.shape[1] == 2 else sorted(set(t.tolist()))
+    areas = [_area(p[:, c], t == c, w) for c in judged]
+    return _mean_defined(np.stack(areas), axis=0) if areas else np.full(w.shape[1], np.nan)
+
+
+def _area(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Weighted Mann-Whitney statistic of scores [N], one per column of the weights [N,B]."""
+    order = np.argsort(scores, kind="stable")
+    w, mask = weights[order], positive[order, None]
+    ties = np.flatnonzero(np.diff(scores[order], prepend=-np.inf) > 0)
+    above = np.add.reduceat(w * mask, ties, axis=0)
+    rest = np.add.reduceat(w * ~mask, ties, axis=0)
+    below = np.cumsum(rest, axis=0) - rest / 2
+    return _ratio((above * below).sum(0), above.sum(0) * rest.sum(0))
+
+
+# --- Summaries -----------------------------------------------------------------------------------------------------
+
+
+def summarise(
+    truth: ArrayLike,
+    probabilities: ArrayLike,
+    *,
+    group: ArrayLike,
+    fold: ArrayLike,
+    repeat: ArrayLike,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Metric]:
+    """Every metric of out-of-fold predictions, ready for JSON: `{name: {"value", "ci95", "per_fold"}}`.
+
+    Args:
+        truth: [M] class indices.
+        probabilities: [M,C], the classes in their order; the prediction is the largest, the first of equals.
+        group: [M] names of what must not be split; no empty name (give an ungrouped image its own).
+        fold, repeat: [M] indices; all zeros for one pass over a test set.
+
+    `value` pools the out-of-fold predictions of a repeat and averages over repeats; of `auroc` it is the mean over
+    folds, then repeats, since scores of different fits do not rank against each other. `per_fold` is in order of
+    (repeat, fold). `ci95` is the 2.5 to 97.5 percentile of a bootstrap over groups (Efron & Tibshirani, 1993): as
+    many groups as there are, drawn with replacement, each bringing all of its rows in all folds and repeats.
+    Resampling is not stratified, neither by class nor by fold: prevalence is taken to be random, and a class that a
+    resample lacks is skipped as it is in the metric. The fits are held fixed, so the spread over training sets is
+    not in the interval. A resample's noise can only widen the bin gaps of `ece`, so its interval is moved back by the
+    bootstrap's estimate of that bias. Fewer than two groups give no interval.
+    """
+    table = _Table.checked(truth, probabilities, group, fold, repeat)
+    point = table.evaluate(np.ones((table.groups, 1)))[:, 0]
+    draws = np.concatenate([table.evaluate(w) for w in _resamples(table, resamples, seed)], axis=1)
+    per_fold = [_evaluate([part], np.ones((table.groups, 1)))[:, 0] for parts in table.repeats for part in parts]
+    return {
+        name: Metric(
+            value=_number(point[i]),
+            ci95=_interval(draws[i], point[i], unbias=name == "ece") if table.groups > 1 else [None, None],
+            per_fold=[_number(values[i]) for values in per_fold],
+        )
+        for i, name in enumerate(NAMES)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The rows of one fold of one repeat; `group` [N] indexes the rows of the weights [G,B]."""
+
+    truth: Ints
+    probabilities: Floats
+    group: Ints
+    groups: int
+
+    def confusions(self, weights: Floats) -> Floats:
+        """[B,C,C]"""
+        classes = self.probabilities.shape[1]
+        return np.asarray(self._counts.T @ weights).T.reshape(-1, classes, classes)
+
+    def gaps(self, weights: Floats) -> Floats:
+        """Sum over rows of (right - confidence), [B,BINS]."""
+        return np.asarray(self._gaps.T @ weights).T
+
+    def auroc(self, weights: Floats) -> Floats:
+        return auroc(self.probabilities, self.truth, weights[self.group])
+
+    @cached_property
+    def _counts(self) -> csr_array:
+        classes = self.probabilities.shape[1]
+        cell = self.truth * classes + self.probabilities.argmax(1)
+        return self._by_group(np.ones(len(cell)), cell, classes * classes)
+
+    @cached_property
+    def _gaps(self) -> csr_array:
+        confidence = self.probabilities.max(1)
+        right = self.probabilities.argmax(1) == self.truth
+        return self._by_group(right - confidence, _bin(confidence, BINS), BINS)
+
+    def _by_group(self, values: Floats, column: Ints, columns: int) -> csr_array:
+        return csr_array((values, (self.group, column)), shape=(self.groups, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Predictions cut into repeats and folds."""
+
+    repeats: list[list[_Part]]
+    groups: int
+
+    @classmethod
+    def checked(
+        cls, truth: ArrayLike, probabilities: ArrayLike, group: ArrayLike, fold: ArrayLike, repeat: ArrayLike
+    ) -> _Table:
+        t, p = np.asarray(truth, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
+        g, f, r = np.asarray(group, dtype=str), np.asarray(fold), np.asarray(repeat)
+        if p.ndim != 2 or p.shape[1] < 2 or not len(p) or any(a.shape != (len(p),) for a in (t, g, f, r)):
+            shapes = ", ".join(str(a.shape) for a in (t, p, g, f, r))
+            raise ValueError(f"shapes {shapes} of truth, probabilities, group, fold, repeat: need [M], [M,C>1], [M]...")
+        if t.min() < 0 or t.max() >= p.shape[1]:
+            raise ValueError(f"truth {t.min()} to {t.max()}: must index the {p.shape[1]} columns of probabilities")
+        if not np.isfinite(p).all():
+            raise ValueError(f"probabilities: {(~np.isfinite(p)).any(1).sum()} rows are not finite")
+        if (g == "").any():
+            raise ValueError(f"group: {(g == '').sum()} rows have an empty name; give each ungrouped image its own")
+        names, codes = np.unique(g, return_inverse=True)
+        repeats = [
+            [_Part(t[rows], p[rows], codes[rows], len(names)) for rows in _rows_by_value(f, r == k)]
+            for k in np.unique(r)
+        ]
+        return cls(repeats, len(names))
+
+    def evaluate(self, weights: Floats) -> Floats:
+        """Values [len(NAMES), B] under group weights [G,B]."""
+        return _mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
+
+
+def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
+    """Values [len(NAMES), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
+    confusions = sum((part.confusions(weights) for part in parts[1:]), parts[0].confusions(weights))
+    gaps = sum((part.gaps(weights) for part in parts[1:]), parts[0].gaps(weights))
+    areas = _mean_defined(np.stack([part.auroc(weights) for part in parts]), axis=0)
+    errors = _ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
+    return np.stack([*(metric(confusions) for metric in OF_CONFUSION.values()), areas, errors])
+
+
+def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:
+    """Weights [G,b] of all resamples, in pieces that fit in memory."""
+    rng, groups = np.random.default_rng(seed), table.groups
+    rows = max(len(part.truth) for parts in table.repeats for part in parts)
+    step = max(1, CELLS // max(groups, rows))
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        drawn = rng.integers(groups, size=(size, groups)) + groups * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * groups).reshape(size, groups)
+        yield np.ascontiguousarray(counts.T, dtype=np.float64)
+
+
+def _interval(draws: Floats, point: float, *, unbias: bool) -> list[float | None]:
+    defined = draws[~np.isnan(draws)]
+    if not len(defined) or np.isnan(point):
+        return [None, None]
+    ends = np.percentile(defined, [2.5, 97.5])
+    if unbias:
+        ends = np.clip(ends - (defined.mean() - point), 0, 1)
+    return [float(end) for end in ends]
+
+
+def _rows_by_value(values: NDArray[np.generic], keep: NDArray[np.bool_]) -> list[Ints]:
+    return [np.flatnonzero(keep & (values == v)) for v in np.unique(values[keep])]
+
+
+def _bin(confidence: Floats, bins: int) -> Ints:
+    return np.searchsorted(np.arange(1, bins) / bins, confidence, side="left").astype(np.int64)
+
+
+def _diagonal(m: Floats) -> Floats:
+    diagonal: Floats = np.diagonal(m, axis1=-2, axis2=-1)
+    return diagonal
+
+
+def _ratio(a: ArrayLike, b: ArrayLike) -> Floats:
+    """a / b, NaN where b is 0."""
+    top, bottom = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+    quotient: Floats = np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+    return quotient
+
+
+def _mean_defined(values: Floats, axis: int) -> Floats:
+    """Mean over an axis without its NaN; NaN where there is nothing else."""
+    defined = ~np.isnan(values)
+    return _ratio(np.where(defined, values, 0).sum(axis), defined.sum(axis))
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

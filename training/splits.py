@@ -1,0 +1,149 @@
+"""Which rows train and which rows judge: cross-validation and hold-out splits that keep a group on one side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from cluster.errors import UsageError
+
+Rows = NDArray[np.int64]
+
+SHUFFLES = 20
+"""Shuffles tried before a class is declared impossible to spread over the folds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One fit of a cross-validation: ascending row indices of the two sides, which share no row and no group."""
+
+    repeat: int
+    fold: int
+    train: Rows
+    test: Rows
+
+
+def cross_validation(
+    labels: Sequence[str],
+    groups: Sequence[str],
+    *,
+    folds: int,
+    repeats: int,
+    split: Literal["group", "image"],
+    seed: int,
+) -> list[Fold]:
+    """All fits of a repeated, stratified, shuffled k-fold cross-validation; each row is tested once per repeat.
+
+    `labels` and `groups` hold one entry per row; an empty group means that the row is its own group. `split="group"`
+    keeps a group on one side (scikit-learn's `StratifiedGroupKFold`), `split="image"` ignores groups and so leaks
+    between images of one patient. Each repeat shuffles with its own seed, derived from `(seed, repeat)`. With
+    `split="group"` and no empty group the folds do not depend on the order of the rows; with `split="image"` only
+    rows of equal group and label can trade places. Every class is in every training side.
+
+    Raises:
+        UsageError: a class has fewer groups (images for `split="image"`) than there are folds, or its groups, tied
+            to other classes, all land in one fold.
+    """
+    y, g = np.asarray(labels, dtype=str), _own_groups(groups)
+    if len(y) != len(g):
+        raise ValueError(f"{len(y)} labels but {len(g)} groups: one of each per row")
+    _require_enough(y, g if split == "group" else np.arange(len(y)), folds, "groups" if split == "group" else "images")
+    result = []
+    for repeat in range(repeats):
+        for fold, (train, test) in enumerate(_k_fold(y, g, folds, split, (seed, repeat))):
+            result.append(Fold(repeat, fold, train, test))
+            if split == "group":
+                _require_apart(g, train, test)
+    return result
+
+
+def hold_out(labels: Sequence[str], groups: Sequence[str], *, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """One grouped, stratified split into (train, held) rows, such as for the inner validation of early stopping.
+
+    Groups are visited in a random order that `seed` decides, and held where that brings each class's held share
+    closer to `fraction` (0 to 1, exclusive). Both sides are non-empty, no group is on both, and a class leaves the
+    training side only where every single group would take a class with it. An empty group is its own group.
+
+    Raises:
+        UsageError: there are fewer than two groups, so nothing can be held out.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction {fraction}: must lie between 0 and 1")
+    y, (names, g) = np.asarray(labels, dtype=str), np.unique(_own_groups(groups), return_inverse=True)
+    if len(names) < 2:
+        raise UsageError(f"all {len(y)} training images are of one group: add images of other groups to hold some out")
+    classes, c = np.unique(y, return_inverse=True)
+    counts = np.zeros((len(names), len(classes)))
+    np.add.at(counts, (g, c), 1)
+    held_groups = _choose_held(counts / counts.sum(axis=0), fraction, np.random.default_rng(seed))
+    held = np.isin(g, held_groups)
+    train, held_rows = np.flatnonzero(~held), np.flatnonzero(held)
+    _require_apart(g, train, held_rows)
+    return train, held_rows
+
+
+def _k_fold(
+    labels: NDArray[np.str_], groups: NDArray[np.str_], folds: int, split: str, seed: tuple[int, int]
+) -> list[tuple[Rows, Rows]]:
+    """The first of a few shuffles of a k-fold split in which every class is in every training side."""
+    order, absent = np.lexsort((labels, groups)), set[str]()
+    for state in np.random.SeedSequence(seed).generate_state(SHUFFLES):
+        if split == "group":
+            grouped = StratifiedGroupKFold(folds, shuffle=True, random_state=int(state))
+            sides = grouped.split(order, labels[order], groups[order])
+        else:
+            sides = StratifiedKFold(folds, shuffle=True, random_state=int(state)).split(order, labels[order])
+        fits = [(np.sort(order[train]), np.sort(order[test])) for train, test in sides]
+        absent = {str(label) for train, _ in fits for label in np.setdiff1d(labels, labels[train])}
+        if not absent:
+            return fits
+    raise UsageError(
+        f"class {min(absent)!r}: its groups cannot be spread, with --folds {folds} all of them land in one fold: "
+        "try another --folds, or merge or drop the class"
+    )
+
+
+def _choose_held(shares: NDArray[np.float64], fraction: float, rng: np.random.Generator) -> list[int]:
+    """Indices of the groups to hold; `shares` [G,C] is each group's share of each class."""
+    target = np.full(shares.shape[1], fraction)
+    held, chosen = np.zeros(shares.shape[1]), []
+    visits = rng.permutation(len(shares))
+    whole = 1 - 1e-9  # shares are sums of fractions: compare with a tolerance
+    for i in visits:
+        gain = ((held - target) ** 2).sum() - ((held + shares[i] - target) ** 2).sum()
+        if gain > 0 and (held + shares[i] < whole).all():
+            chosen.append(int(i))
+            held = held + shares[i]
+    if not chosen:  # every group overshoots: the smallest overshoot, and rather one that takes no class away
+        chosen = [int(min(visits, key=lambda i: ((shares[i] >= whole).sum(), ((shares[i] - target) ** 2).sum())))]
+    return chosen
+
+
+def _own_groups(groups: Sequence[str]) -> NDArray[np.str_]:
+    return np.asarray([group or f"\x00row {row}" for row, group in enumerate(groups)], dtype=str)
+
+
+def _require_enough(labels: NDArray[np.str_], units: NDArray[np.generic], folds: int, noun: str) -> None:
+    """Every class has at least `folds` distinct `units`."""
+    counts = {str(label): len(np.unique(units[labels == label])) for label in np.unique(labels)}
+    short = {label: n for label, n in counts.items() if n < folds}
+    if not short:
+        return
+    label, count = min(short.items(), key=lambda item: item[1])
+    others = f" (and {len(short) - 1} other classes have too few)" if len(short) > 1 else ""
+    lower = f"lower --folds to {count}, or " if count >= 2 else ""
+    noun = noun if count != 1 else noun[:-1]
+    raise UsageError(
+        f"class {label!r} has {count} {noun}, fewer than --folds {folds}{others}: {lower}merge or drop the class"
+    )
+
+
+def _require_apart(groups: NDArray[np.generic], train: Rows, test: Rows) -> None:
+    shared = np.intersect1d(groups[train], groups[test])
+    if len(shared):  # not an `assert`: this must hold under `python -O` too
+        raise RuntimeError(f"{len(shared)} groups are on both sides of a split, such as {shared[0]!r}")

@@ -1,0 +1,146 @@
+"""From stored pixels to what a network takes: the second half of the image path, the same in training's evaluation,
+prediction, indexing and serving; and the random views of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training import keyed
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network takes: size, channels and normalisation (of values in 0..1)."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "height": self.height,
+            "width": self.width,
+            "channels": self.channels,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Input:
+        return cls(
+            int(values["height"]),
+            int(values["width"]),
+            int(values["channels"]),
+            tuple(map(float, values["mean"])),
+            tuple(map(float, values["std"])),
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return (images - mean) / std
+
+    def restore(self, images: Tensor) -> np.ndarray:
+        """uint8 [B, H, W, C] for looking at; the inverse of `normalise`, clipped."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        values = ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        return np.asarray(values.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def to_tensor(pixels: np.ndarray, channels: int, device: str | torch.device = "cpu") -> Tensor:
+    """Stored pixels uint8 [B, H, W, 1|3] -> float [B, channels, H, W] in 0..1; a fresh tensor, never an alias."""
+    images = torch.as_tensor(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255)
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R 601
+    return (images * luma).sum(dim=1, keepdim=True)
+
+
+def evaluation_view(pixels: np.ndarray, wanted: Input, device: str | torch.device = "cpu") -> Tensor:
+    """The evaluation transform: stored pixels uint8 [B, H, W, 1|3] -> normalised float [B, C, h, w]."""
+    images = _resize(to_tensor(pixels, wanted.channels, device), wanted.height, wanted.width)
+    return wanted.normalise(images)
+
+
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random views: a crop of at least `min_crop` of the area, mirroring, quarter turns, brightness and contrast."""
+
+    min_crop: float
+    flip: bool = True
+    turns: bool = False
+    jitter: float = 0.0
+
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """One sample's draw, float64 [8]: always the same numbers, whatever is switched on."""
+        u = generator.random(8)
+        area = self.min_crop + (1 - self.min_crop) * u[0]
+        aspect = math.exp((2 * u[1] - 1) * math.log(4 / 3))
+        height, width = min(1.0, math.sqrt(area / aspect)), min(1.0, math.sqrt(area * aspect))
+        flip = -1.0 if self.flip and u[4] < 0.5 else 1.0
+        turn = float(int(u[5] * 4)) if self.turns else 0.0
+        gain, shift = 1 + self.jitter * (2 * u[6] - 1), self.jitter * (2 * u[7] - 1)
+        # centre of the crop in the [-1, 1] coordinates of affine_grid
+        return np.array(
+            [height, width, (2 * u[2] - 1) * (1 - height), (2 * u[3] - 1) * (1 - width), flip, turn, gain, shift]
+        )
+
+
+def training_view(pixels: np.ndarray, wanted: Input, draws: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
+    """Random views by `draws` [B, 8]: stored pixels uint8 [B, H, W, 1|3] -> normalised float [B, C, h, w].
+
+    One bilinear sampling does crop, mirror and turn; where the stored size is far above the network's, an antialiased
+    reduction comes first.
+    """
+    images = to_tensor(pixels, wanted.channels, device)
+    limit = 1.5
+    if images.shape[2] > limit * wanted.height or images.shape[3] > limit * wanted.width:
+        images = _resize(images, math.ceil(limit * wanted.height), math.ceil(limit * wanted.width))
+    values = torch.as_tensor(draws, dtype=torch.float32, device=images.device)
+    height, width, y, x, flip, turn, gain, shift = values.unbind(dim=1)
+    cos, sin = torch.cos(turn * math.pi / 2), torch.sin(turn * math.pi / 2)
+    theta = torch.stack(
+        [
+            torch.stack([width * flip * cos, -width * sin, x], dim=1),
+            torch.stack([height * flip * sin, height * cos, y], dim=1),
+        ],
+        dim=1,
+    )
+    grid = F.affine_grid(theta, [len(images), images.shape[1], wanted.height, wanted.width], align_corners=False)
+    views = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    if (gain != 1).any() or (shift != 0).any():
+        mean = views.mean(dim=(1, 2, 3), keepdim=True)
+        views = ((views - mean) * gain.view(-1, 1, 1, 1) + mean + 0.5 * shift.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return wanted.normalise(views)
+
+
+def sample_draws(
+    augmentation: Augmentation, noise: int, *key: object, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(view draws [B, 8], noise [B, noise]) of the samples at `positions`, each keyed by (key, position) alone."""
+    draws = np.empty((len(positions), 8))
+    extra = np.empty((len(positions), noise), dtype=np.float32)
+    for at, position in enumerate(positions):
+        generator = keyed.generator("sample", *key, int(position))
+        draws[at] = augmentation.draw(generator)
+        extra[at] = generator.random(noise, dtype=np.float32)
+    return draws, extra

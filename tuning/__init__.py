@@ -1,0 +1,1 @@
+"""Searches over transfer and pretraining configs (arrives with `rayograph tune`)."""
