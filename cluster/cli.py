@@ -13,13 +13,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
-from cluster.demo import DemoConfig
+from cluster.demo import DemoConfig, Part
 from cluster.doctor import DoctorConfig
 from cluster.errors import RayographError, StoppedError, UsageError
 from cluster.settings import load_yaml
@@ -83,7 +84,7 @@ def demo(config: DemoConfig = DemoConfig()) -> object:  # noqa: B008 - frozen
     """Run the whole chain, small, and compare training with and without pretraining."""
     from cluster.demo import demo as run
 
-    return run(config, write_report=_write_tables)
+    return run(config, write_report=_write_report)
 
 
 @dataclass(frozen=True)
@@ -291,15 +292,19 @@ def _flush() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _write_tables(path: Any, title: str, sections: list[tuple[str, list[str], list[list[str]], str]]) -> None:
+def _write_report(path: Path, title: str, parts: list[Part]) -> None:
     """`cluster.demo` may not know `training`, so the report's blocks are made here."""
-    from training.report import Section, Table, Text, write_report
+    from training.report import Block, Figure, Section, Table, Text, write_report
 
-    blocks = [
-        Section(heading, [*(Text(p) for p in note.split("\n") if p), Table(headers, rows, caption=heading)])
-        for heading, headers, rows, note in sections
-    ]
-    write_report(path, title=title, sections=blocks)
+    sections = []
+    for part in parts:
+        blocks: list[Block] = [Text(paragraph) for paragraph in part.paragraphs]
+        if part.rows:
+            blocks.append(Table(part.headers, part.rows, caption=part.heading))
+        blocks += [Figure(file, alt=what, caption=what) for file, what in part.figures]
+        if blocks:
+            sections.append(Section(part.heading, blocks))
+    write_report(path, title=title, sections=sections)
 
 
 if __name__ == "__main__":

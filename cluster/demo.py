@@ -30,8 +30,20 @@ GRACE_S = 30.0
 
 METRICS = ("balanced_accuracy", "auroc", "kappa", "ece")
 
-TableSection = tuple[str, list[str], list[list[str]], str]
-"""Heading, column headers, rows and the paragraphs above the table, one per line."""
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report: paragraphs, one table, and pictures with what they show."""
+
+    heading: str
+    paragraphs: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    figures: tuple[tuple[Path, str], ...] = ()
+
+
+WriteReport = Callable[[Path, str, list[Part]], None]
+"""Writes a report to a path, under a title."""
 
 
 @Parameter(name="*")
@@ -57,8 +69,11 @@ class Step:
     def text(self) -> str:
         return shlex.join(("rayograph", *self.arguments))
 
+    def pictures(self) -> list[Path]:
+        return sorted(self.out.glob("figures/*.png"))
 
-def demo(config: DemoConfig, *, write_report: Callable[[Path, str, list[TableSection]], None]) -> dict[str, object]:
+
+def demo(config: DemoConfig, *, write_report: WriteReport) -> dict[str, object]:
     """`report.html` and `summary.json` stand in `--out`, computed by the steps; finished steps are not run again.
 
     Raises:
@@ -73,8 +88,7 @@ def demo(config: DemoConfig, *, write_report: Callable[[Path, str, list[TableSec
         print(f"$ {step.text}", flush=True)
         _run(step)
     summaries = {name: storage.read_json(step.out / "summary.json") for name, step in chain.items()}
-    sections = compare(summaries, chain)
-    write_report(out / "report.html", "Rayograph demo: does pretraining help?", sections)
+    write_report(out / "report.html", "Rayograph demo: does pretraining help?", compare(summaries, chain))
     summary = _summary(summaries) | {"seconds": round(time.monotonic() - start, 1)}
     storage.write_json(out / "summary.json", summary)
     print(f"\n{verdict(summaries)}\nreport: {storage.printable(out / 'report.html')}")
@@ -96,36 +110,42 @@ def steps(config: DemoConfig) -> dict[str, Step]:
     return {name: Step((*words, "--out", str(out / name), *extra), out / name) for name, words in commands.items()}
 
 
-def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[TableSection]:
-    """The report's tables: the comparison first, then what each step did and the command that repeats it."""
-    headers = ["metric", "from scratch", "from the pretrained network", "difference"]
-    note = f"{verdict(summaries)}\nBoth runs use the same images, folds, epochs and seed. Intervals are 95 %."
-    commands = [[name, step.text, _facts(summaries[name])] for name, step in chain.items()]
+def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[Part]:
+    """The report's parts: the comparison first, then the command and result of each step, then their pictures."""
+    note = "Both runs use the same images, folds, epochs and seed. Intervals are 95 %."
+    headers = ("metric", "from scratch", "from the pretrained network", "difference")
+    commands = tuple((name, step.text, _facts(summaries[name])) for name, step in chain.items())
+    pictures = [(file, f"{name}: {file.stem}") for name, step in chain.items() for file in step.pictures()]
     return [
-        ("Does pretraining help?", headers, _metric_rows(summaries), note),
-        ("The commands", ["step", "command", "result"], commands, "Each step's own report lies in its folder."),
+        Part("Does pretraining help?", (verdict(summaries), note), headers, _metric_rows(summaries)),
+        Part("The steps", ("Each step's own report lies in its folder.",), ("step", "command", "result"), commands),
+        Part("Figures", figures=tuple(pictures)),
     ]
 
 
 def verdict(summaries: dict[str, Any]) -> str:
     """One sentence on what pretraining changed, that claims no more than the intervals allow."""
     before, after = (summaries[name]["metrics"]["balanced_accuracy"] for name in ("scratch", "transfer"))
+    if not (_is_complete(before) and _is_complete(after)):
+        return f"Undecided: balanced accuracy is {_interval(before)} from scratch and {_interval(after)} after it."
     change = after["value"] - before["value"]
     word = "gained" if change >= 0 else "lost"
-    certain = after["ci95"][0] > before["ci95"][1] or after["ci95"][1] < before["ci95"][0]
-    doubt = "" if certain else "; the intervals overlap, so at this size that may be chance"
+    apart = after["ci95"][0] > before["ci95"][1] or after["ci95"][1] < before["ci95"][0]
+    doubt = "" if apart else "; the intervals overlap, so at this size that may be chance"
     return (
         f"Pretraining {word} {abs(change):.3f} balanced accuracy: {_interval(before)} from scratch, "
         f"{_interval(after)} from the pretrained network{doubt}."
     )
 
 
-def _metric_rows(summaries: dict[str, Any]) -> list[list[str]]:
+def _is_complete(metric: dict[str, Any]) -> bool:
+    return None not in (metric["value"], *metric["ci95"])
+
+
+def _metric_rows(summaries: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     before, after = summaries["scratch"]["metrics"], summaries["transfer"]["metrics"]
-    names = [name for name in METRICS if name in before and name in after]
-    return [
-        [name, _interval(before[name]), _interval(after[name]), _change(before[name], after[name])] for name in names
-    ]
+    shared = [(name, before[name], after[name]) for name in METRICS if name in before and name in after]
+    return tuple((name, _interval(old), _interval(new), _change(old, new)) for name, old, new in shared)
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -50,6 +50,9 @@ def prepare_environment() -> None:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # glibc would return a step's temporary tensors to the kernel and fault them in again: a fifth of a CPU step
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
+        "MALLOC_TRIM_THRESHOLD_": str(2 * 1024**3),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -152,6 +155,7 @@ def _init_local(cpus: int, store: int) -> Any:
     import ray
 
     return ray.init(
+        address="local",  # else a cluster that `ray start` left running here would be joined, and refuse num_cpus
         num_cpus=cpus,
         object_store_memory=store,
         include_dashboard=False,

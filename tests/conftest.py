@@ -23,7 +23,36 @@ def shared_data() -> Path:
     return folder
 
 
-# `ray_session`, the one Ray of the whole test run, goes here.
+@pytest.fixture(scope="session")
+def ray_session() -> Generator[Resources]:
+    """The one Ray of the whole test run: every verb called in this process finds it and uses it."""
+    from cluster.session import session
+
+    with session(cpus=8) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def phantoms(ray_session: Resources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATASET of 200 phantoms of 32 px: four row groups, about half of them labelled."""
+    from training.configs import IngestConfig
+    from training.ingest import ingest
+
+    out = tmp_path_factory.mktemp("phantoms") / "dataset"
+    ingest(IngestConfig("phantom:200", out=str(out), image_size="32"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def pretrained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    """A finished, never interrupted RUN of two workers on `phantoms`, and what it printed."""
+    from tests.runs import pretrain_config
+    from training.pretrain import pretrain
+
+    config, printed = pretrain_config(phantoms, tmp_path_factory.mktemp("pretrained") / "run"), io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        summary = pretrain(config)
+    return Pretrained(config, Path(config.out), summary, printed.getvalue())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,8 +18,8 @@ RAY_MODULES = {"cluster.session"} | {
     f"training.{name}" for name in ("ingest", "feed", "launch", "loop", "inference", "folds")
 }
 """The thin Ray layer; with `serving` and `tuning`, the only modules that may import Ray."""
-VERB_MODULES = {f"training.{name}" for name in ("ingest", "pretrain", "transfer", "evaluate", "inference")}
-"""Outermost in `training`: they may reach Ray through the Ray layer. Everything else there is science."""
+OUTER_MODULES = {f"training.{name}" for name in ("ingest", "pretrain", "transfer", "evaluate", "inference", "device")}
+"""The verbs, and what asks the session for its resources: they may reach Ray through others. The rest is science."""
 
 
 @cache
@@ -36,7 +36,7 @@ def importers(graph: grimp.ImportGraph, name: str) -> set[str]:
 
 
 def science() -> set[str]:
-    return modules_of("training") - RAY_MODULES - VERB_MODULES
+    return modules_of("training") - RAY_MODULES - OUTER_MODULES
 
 
 def reaching_ray(graph: grimp.ImportGraph, modules: set[str]) -> dict[str, tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch import nn
 
 from cluster import storage
 from cluster.errors import UsageError
+from training import lineage
 from training.calibration import apply_temperature
 from training.encoder import Architecture
 from training.images import ImagePath
@@ -32,7 +33,7 @@ class ModelCard:
     image_path: ImagePath
     input: Input
     head: str = "none"
-    """none (an encoder), network (the classifier is part of the network) or estimator (scikit-learn on its features)."""
+    """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
     classes: tuple[str, ...] = ()
     temperature: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -135,14 +136,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_model(folder: Path, card: ModelCard, network: nn.Module, *, files: Sequence[tuple[str, bytes]] = ()) -> None:
-    """`folder` holds the artifact, whole; `files` are further named parts, such as the estimator."""
+def save_model(
+    folder: Path,
+    card: ModelCard,
+    network: nn.Module,
+    *,
+    seen: Iterable[str] = (),
+    files: Sequence[tuple[str, bytes]] = (),
+) -> None:
+    """`folder` holds the artifact, whole.
+
+    Args:
+        seen: hashes of the images of its lineage, see `training.lineage`.
+        files: further named parts, such as the estimator.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    for name, content in files:
+    for name, content in [(lineage.SEEN, lineage.dump(seen)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / "model.json", card.as_dict() | {"sha256": hashes})
@@ -193,6 +206,6 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     if card.head == "estimator":
         from training.tasks.frozen import load_estimator
 
-        estimator = load_estimator((folder / "head.skops").read_bytes())
+        estimator = load_estimator((folder / "head.skops").read_bytes(), len(card.classes))
     network.requires_grad_(False)
     return Model(card, network.eval().to(device), estimator, device, hashes["model.safetensors"])

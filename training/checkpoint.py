@@ -77,7 +77,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
 
 def newest(folder: Path) -> tuple[State | None, list[str]]:
     """(the newest intact state, complaints about newer ones that are not)."""
-    complaints = []
+    complaints: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return _load(path), complaints

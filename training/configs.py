@@ -40,7 +40,7 @@ class Config:
 @dataclass(frozen=True)
 class IngestConfig(Config):
     source: Annotated[str, Parameter(name="source")]
-    "Folder, index.csv, Parquet manifest, MedMNIST .npz, medmnist:NAME or phantom:N; local or any pyarrow.fs URI."
+    "Folder, index.csv, Parquet manifest, MedMNIST .npz, medmnist:NAME, phantom:N; local or a pyarrow.fs URI."
     _: KW_ONLY
     out: str
     "Where the DATASET goes."
@@ -51,7 +51,7 @@ class IngestConfig(Config):
     channels: Literal["auto", "1", "3"] = "auto"
     "Channels of the stored images; auto is 3 unless every image is grey."
     window: str = "auto"
-    "Grey values LOW:HIGH mapped to black and white; auto: the 0.5 to 99.5 percentile of each image of more than 8 bits."
+    "Grey values LOW:HIGH made black and white; auto: the 0.5 to 99.5 percentile of images of more than 8 bits."
     max_quarantined: float = 0.05
     "Largest share of unreadable images that is still accepted."
     max_merged_group: float = 0.05
@@ -107,7 +107,7 @@ class PretrainConfig(Config):
     "Decoder embedding width; default by preset."
     decoder_depth: int | None = None
     "Decoder blocks; default by preset."
-    lr: float = 1e-3
+    lr: float = 2e-3
     "Peak learning rate at a global batch of 256; scaled linearly with --batch-size."
     weight_decay: float = 0.05
     "AdamW weight decay."
@@ -170,8 +170,8 @@ class TransferConfig(Config):
     "Global batch size."
     lr: float = 1e-3
     "Peak learning rate of fine-tuning."
-    layer_decay: float = 0.75
-    "Each layer below the head learns at this share of the rate of the one above."
+    layer_decay: float | None = None
+    "Share of the learning rate that each lower layer keeps; default 0.75 for pretrained ViTs, else 1."
     weight_decay: float = 0.05
     "AdamW weight decay."
     drop_path: float = 0.1
@@ -180,6 +180,12 @@ class TransferConfig(Config):
     "Label smoothing of fine-tuning."
     min_crop: float = 0.6
     "Smallest share of the image area that a random crop keeps."
+    flip: bool = True
+    "Mirror half of the images left to right."
+    turns: bool = False
+    "Turn images by quarter turns: only where a picture has no upright."
+    jitter: float = 0.1
+    "Largest random change of contrast and brightness, as a share."
     image_size: str = "auto"
     "N or HxW; auto is the size of the initial weights' model."
     workers: str = "auto"
@@ -198,7 +204,7 @@ class TransferConfig(Config):
         self._require("repeats", self.repeats >= 1, "needs at least 1")
         self._require("epochs", self.epochs > 0, "must be at least 1")
         self._require("batch_size", self.batch_size > 1, "must be at least 2")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "must lie between 0 and 1")
+        self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
 
 

@@ -19,13 +19,17 @@ from training.images import ImagePath, to_channels
 from training.plan import Plan, window_for
 
 FORMAT = 1
+RESERVED = frozenset(
+    {"image_id", "path", "frame", "status", "reason", "group", "case", "repeat", "fold", "truth", "label"}
+)
+"""Columns of prediction files: no class may be called so."""
 ROW_GROUP = 64
 """Rows per Parquet row group: the unit that is read."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some ok rows of a dataset: where their pixels lie and what is known of them. One entry per row, manifest order."""
+    """Some ok rows of a dataset, in manifest order: where their pixels lie and what is known of them."""
 
     table: pa.Table
 
@@ -52,6 +56,22 @@ class Selection:
             (str(shards[part[0]]), int(rows[part[0]] // ROW_GROUP), rows[part] % ROW_GROUP, part)
             for part in np.split(order, np.flatnonzero(change) + 1)
         ]
+
+
+def filter_rows(table: pa.Table, where: Sequence[str]) -> pa.Table:
+    """The rows for which every COLUMN=VALUE of `where` holds.
+
+    Raises:
+        UsageError: a condition is not COLUMN=VALUE, or names no column.
+    """
+    for condition in where:
+        name, sign, value = condition.partition("=")
+        if not sign:
+            raise UsageError(f"--where {condition}: give COLUMN=VALUE")
+        if name not in table.column_names:
+            raise UsageError(f"--where {condition}: no column {name!r}.{nearest(name, table.column_names)}")
+        table = table.filter(pc.equal(pc.cast(table[name], pa.string()), value))
+    return table
 
 
 @dataclass(frozen=True)
@@ -97,13 +117,7 @@ class Dataset:
             UsageError: no such column, not COLUMN=VALUE, or no row is left.
         """
         table = self.manifest.filter(pc.equal(self.manifest["status"], "ok"))
-        for condition in where:
-            name, sign, value = condition.partition("=")
-            if not sign:
-                raise UsageError(f"--where {condition}: give COLUMN=VALUE")
-            if name not in table.column_names:
-                raise UsageError(f"--where {condition}: no column {name!r}.{nearest(name, table.column_names)}")
-            table = table.filter(pc.equal(pc.cast(table[name], pa.string()), value))
+        table = filter_rows(table, where)
         if labelled:
             table = table.filter(pc.not_equal(table["label"], ""))
         if not table.num_rows:
@@ -150,6 +164,9 @@ def leaves(labels: Sequence[str]) -> list[str]:
     if multi is not None:
         raise UsageError(f"label {multi!r} names several classes; multi-label tasks are not supported yet")
     classes = sorted(set(labels))
+    reserved = next((c for c in classes if c in RESERVED), None)
+    if reserved is not None:
+        raise UsageError(f"class {reserved!r}: the name of a column of predictions.parquet; rename the class")
     if len(classes) < 2:
         raise UsageError(f"needs images of at least two classes; found {', '.join(classes) or 'none'}")
     for name in classes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -105,7 +105,8 @@ def architecture_for(
         UsageError: unknown model, or an image size that the patch does not divide.
     """
     chosen = PRESETS[choose_preset(preset, device)]
-    name, patch = chosen.model, chosen.patch
+    name = chosen.model
+    patch: int | None = chosen.patch
     if model is not None:
         check_model(model)
         name = model

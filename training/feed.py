@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,12 @@ import numpy as np
 from training.dataset import Dataset, Selection
 from training.plan import Epoch, Item, Plan, rank_slice
 
-SPAN_ITEMS = 256
-"""Items per pipeline: starting a pipeline costs a moment, so small epochs share one."""
-QUEUE_BLOCKS = 4
+BURST_BYTES = 128 * 1024**2
+"""Decoded bytes that one pipeline brings a rank; the next starts when half of them are used up.
+
+A pipeline that is kept open but held back does not sleep: Ray 2.60's executor polls ready blocks in a busy loop, inside
+the trainer's process, and took half of each core here. Short pipelines that run to their end cost nothing in between.
+"""
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,10 @@ class Feed:
     ) -> None:
         self.source, self.rank, self.world = source, rank, world
         self.start, self.epochs, self.tasks = start, epochs, tasks
-        self._queue: queue.Queue[dict[str, np.ndarray] | BaseException | None] = queue.Queue(QUEUE_BLOCKS)
-        self._closed = threading.Event()
+        dataset, _ = _opened(source)
+        path = dataset.image_path
+        self._row_bytes = path.height * path.width * dataset.channels
+        self._buffer = _Buffer(max(1, BURST_BYTES // self._row_bytes // 2))
 
     def __iter__(self) -> Iterator[Batch]:
         thread = threading.Thread(target=self._stream, name="feed", daemon=True)
@@ -132,50 +137,45 @@ class Feed:
             self.close()
 
     def close(self) -> None:
-        self._closed.set()
-        while not self._queue.empty():
-            self._queue.get_nowait()
+        """The pipeline ends; batches not yet taken are lost."""
+        self._buffer.close()
 
-    def _spans(self) -> Iterator[tuple[tuple[Item, int], ...]]:
-        span: list[tuple[Item, int]] = []
+    def _bursts(self) -> Iterator[tuple[tuple[Item, int], ...]]:
+        """Runs of items of about `BURST_BYTES`, over the ends of epochs."""
+        burst: list[tuple[Item, int]] = []
+        size = 0
         for number in range(self.start[0], self.epochs):
             first = self.start[1] if number == self.start[0] else 0
             epoch = self.source.plan.epoch(number)
-            span += [(item, first) for item in epoch.items_of(self.rank, self.world, first)]
-            if len(span) >= SPAN_ITEMS:
-                yield tuple(span)
-                span = []
-        if span:
-            yield tuple(span)
+            for item in epoch.items_of(self.rank, self.world, first):
+                burst.append((item, first))
+                size += int(epoch.owned(item, self.rank, self.world, first).sum()) * self._row_bytes
+                if size >= BURST_BYTES:
+                    yield tuple(burst)
+                    burst, size = [], 0
+        if burst:
+            yield tuple(burst)
 
     def _stream(self) -> None:
         try:
-            for span in self._spans():
-                for block in self._pipeline(span):
-                    self._put(block)
-                    if self._closed.is_set():
-                        return
-            self._put(None)
+            for burst in self._bursts():
+                if not self._buffer.wait_until_low():
+                    return
+                for block in self._pipeline(burst):
+                    self._buffer.put(block)
+            self._buffer.end()
         except BaseException as error:  # handed to the trainer's thread, which raises it
-            self._put(error)
+            self._buffer.end(error)
 
-    def _put(self, value: dict[str, np.ndarray] | BaseException | None) -> None:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(value, timeout=0.5)
-            except queue.Full:
-                continue
-            return
-
-    def _pipeline(self, span: tuple[tuple[Item, int], ...]) -> Iterator[dict[str, np.ndarray]]:
+    def _pipeline(self, burst: tuple[tuple[Item, int], ...]) -> Iterator[dict[str, np.ndarray]]:
         import ray.data
 
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         with context.current(context):
-            data: Any = ray.data.range(len(span), override_num_blocks=len(span)).map_batches(
-                ReadItems(self.source, span, self.rank, self.world),
+            data: Any = ray.data.range(len(burst), override_num_blocks=len(burst)).map_batches(
+                ReadItems(self.source, burst, self.rank, self.world),
                 batch_size=None,
                 batch_format="numpy",
                 num_cpus=1,
@@ -187,24 +187,20 @@ class Feed:
         plan = self.source.plan
         pending: dict[tuple[int, int], list[dict[str, np.ndarray]]] = {}
         counts: dict[tuple[int, int], int] = {}
-        ended = False
         for epoch in range(self.start[0], self.epochs):
             for number in range(self.start[1] if epoch == self.start[0] else 0, plan.batches):
                 rows, wait_s = plan.batch_rows(number), 0.0
                 low, high = rank_slice(rows, self.rank, self.world)
                 while counts.get((epoch, number), 0) < high - low:
-                    if ended:
-                        raise RuntimeError(f"the feed ended before batch {number} of epoch {epoch} was complete")
                     began = time.monotonic()
-                    block = self._queue.get()
+                    block = self._buffer.take()
                     wait_s += time.monotonic() - began
-                    if isinstance(block, BaseException):
-                        raise block
-                    ended = block is None
-                    if block is not None:
-                        _file(block, pending, counts)
+                    if block is None:
+                        raise RuntimeError(f"the feed ended before batch {number} of epoch {epoch} was complete")
+                    _file(block, pending, counts)
                 parts = pending.pop((epoch, number), [])
                 counts.pop((epoch, number), None)
+                self._buffer.used(high - low)
                 yield self._batch(epoch, number, rows, parts, wait_s)
 
     def _batch(self, epoch: int, number: int, rows: int, parts: list[dict[str, np.ndarray]], wait_s: float) -> Batch:
@@ -224,6 +220,56 @@ class Feed:
             wait_s=wait_s,
             decoder_pids=frozenset(int(v) for p in parts for v in np.unique(p["pid"])),
         )
+
+
+class _Buffer:
+    """Blocks between the pipeline's thread and the trainer's; knows how many rows the trainer has not used yet."""
+
+    def __init__(self, low: int) -> None:
+        self._low = low
+        self._blocks: deque[dict[str, np.ndarray]] = deque()
+        self._rows = 0
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def wait_until_low(self) -> bool:
+        """Returns when at most `low` rows are left unused; False if the buffer was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._rows <= self._low)
+            return not self._closed
+
+    def put(self, block: dict[str, np.ndarray]) -> None:
+        with self._changed:
+            self._blocks.append(block)
+            self._rows += len(block["batch"])
+            self._changed.notify_all()
+
+    def end(self, error: BaseException | None = None) -> None:
+        with self._changed:
+            self._ended, self._error = True, error
+            self._changed.notify_all()
+
+    def take(self) -> dict[str, np.ndarray] | None:
+        """The next block, or None after the last; raises what the pipeline raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._blocks or self._ended or self._closed)
+            if self._blocks:
+                return self._blocks.popleft()
+            if self._error is not None:
+                raise self._error
+            return None
+
+    def used(self, rows: int) -> None:
+        with self._changed:
+            self._rows -= rows
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._blocks.clear()
+            self._changed.notify_all()
 
 
 def _file(

@@ -6,6 +6,10 @@ afterwards (crops, normalisation) does not live here. Plain Pillow and numpy.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import ctypes.util
+import functools
 import io
 import logging
 import math
@@ -14,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -190,6 +195,8 @@ def decode_bytes(data: bytes, path: ImagePath) -> Decoded:
         name, reader = _recognise(data)
         if name == "PNG":
             _check_png(data)
+        if name == "TIFF":
+            _hush_libtiff()
         with reader(io.BytesIO(data)) as image:
             _check_header(image, name, path)
             width, height = image.size
@@ -317,7 +324,10 @@ def _reason(error: Exception, name: str) -> str:
         return f"too little memory for this {name}"
     if "truncated" in text.lower():
         return "truncated"
-    vague = not text or any(part in text for part in "</") or "driver" in text or isinstance(error, KeyError)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{name} exceeds {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    # Pillow quotes bytes, numbers and object addresses of the file: no two damaged files would share a reason
+    vague = "driver" in text or isinstance(error, KeyError) or not re.fullmatch(r"[^</\\'\"]*[a-z]{3}[^</\\'\"]*", text)
     return f"damaged {name}" if vague else f"damaged {name}: {text[:80]}"
 
 
@@ -332,6 +342,16 @@ def _hush_pillow() -> None:
     if _HUSHED not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+@functools.cache
+def _hush_libtiff() -> None:
+    """libtiff prints errors itself, and Pillow has no switch for that. Best effort: wheels of Windows link it in."""
+    package = Path(Image.__file__).parent
+    found = [*package.parent.glob("pillow.libs/libtiff*"), *package.glob(".dylibs/libtiff*")]
+    for library in map(str, found) if found else filter(None, [ctypes.util.find_library("tiff")]):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(library).TIFFSetErrorHandler(None)
 
 
 # From the file to 8-bit pixels

@@ -90,7 +90,8 @@ class PartWriter:
     def __call__(self, block: pa.Table) -> pa.Table:
         first = block["at"][0].as_py()
         shard = f"part-{first // PART_ROWS:06d}.parquet"
-        results, kept = [], []
+        results: list[dict[str, Any]] = []
+        kept: list[dict[str, Any]] = []
         for at, image_id, key, frame in zip(
             *(block[n].to_pylist() for n in ("at", "image_id", "key", "frame")), strict=True
         ):
@@ -177,7 +178,8 @@ def _read_all(listing: Listing, path: ImagePath, out: Path) -> pa.Table:
         data = ray.data.from_arrow(blocks).map_batches(
             writer, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
         )
-        for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        tables: Any = data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        for table in tables:
             found.append(table)
             bar.advance(table.num_rows)
     return pa.concat_tables(found).sort_by("at")

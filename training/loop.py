@@ -274,21 +274,21 @@ class _Log:
             "pid": os.getpid(),
         }
         self.file.write(json.dumps(start) + "\n")
-        self.board = SummaryWriter(str(Path(rank.job.out) / "tensorboard"), purge_step=first + 1)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(Path(rank.job.out) / "tensorboard"), purge_step=first + 1)
 
     def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
     def write(self, row: dict[str, Any]) -> None:
         kept = {k: v for k, v in row.items() if k not in {"checkpoint", "stop"}}
         self.file.write(json.dumps(kept) + "\n")
         self.file.flush()
         for name in ("loss", "lr", "images_per_second", "grad_norm"):
-            self.board.add_scalar(name, row[name], row["step"])  # type: ignore[no-untyped-call]
+            self.board.add_scalar(name, row[name], row["step"])
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -23,8 +23,8 @@ SLICES = (3, 4, 5, 6)
 BLOCK = sum(SLICES)
 """Images come in blocks of one patient per leaf: any two blocks have each leaf once labelled and once not."""
 
-CONTRAST = {"disease/nodule": 0.16, "disease/cyst": 0.12, "disease/diffuse": 0.10}
-RADIUS = {"disease/nodule": (0.026, 0.046), "disease/cyst": (0.036, 0.06), "disease/diffuse": (0.08, 0.13)}
+CONTRAST = {"disease/nodule": 0.3, "disease/cyst": 0.26, "disease/diffuse": 0.15}
+RADIUS = {"disease/nodule": (0.035, 0.055), "disease/cyst": (0.04, 0.07), "disease/diffuse": (0.09, 0.14)}
 """Lesion radius as a fraction of the side."""
 NOISE = 0.028
 
@@ -117,19 +117,18 @@ def _block(block: int, seed: int) -> list[_Patient]:
     rng = generator("phantom block", seed, block)
     leaves, sizes = rng.permutation(len(LEAVES)), rng.permutation(SLICES)
     first = block * BLOCK + np.cumsum(sizes) - sizes
+    labelled = [bool(leaf in known) == (block % 2 == 0) for leaf in leaves]
     return [
-        _patient(
-            seed, 4 * block + at, int(first[at]), int(sizes[at]), int(leaf), bool(leaf in known) == (block % 2 == 0)
-        )
-        for at, leaf in enumerate(leaves)
+        _patient(seed, 4 * block + at, (int(first[at]), int(sizes[at])), LEAVES[leaves[at]], labelled[at])
+        for at in range(4)
     ]
 
 
-def _patient(seed: int, number: int, first: int, slices: int, leaf: int, labelled: bool) -> _Patient:
+def _patient(seed: int, number: int, span: tuple[int, int], truth: str, labelled: bool) -> _Patient:
     rng = generator("phantom patient", seed, number)
+    first, slices = span
     gaps = rng.uniform(0.13, 0.2, slices)
     levels = np.cumsum(gaps) - gaps.sum() / 2 + rng.uniform(-0.1, 0.1)
-    truth = LEAVES[leaf]
     angle, distance, side = rng.uniform(-1.1, 1.1), rng.uniform(0.17, 0.25), rng.choice((-1, 1))
     low, high = RADIUS.get(truth, (0.0, 0.0))
     sway = np.column_stack([rng.normal(0, 0.006, (slices, 2)), rng.uniform(0.85, 1.0, slices)])
@@ -166,6 +165,18 @@ def _rows_of(patient: _Patient, n: int) -> list[PhantomRow]:
 # What the images show. Coordinates run from -1 to 1; intensities from 0 to 1, before noise.
 
 
+class _Ellipse(NamedTuple):
+    """Centre, semi-axes and turn; its rim may run in `waves` of relative `depth`."""
+
+    x: float
+    y: float
+    a: float
+    b: float
+    turn: float = 0.0
+    waves: int = 0
+    depth: float = 0.0
+
+
 class _Anatomy:
     """One slice through a patient's head; all its structures change smoothly with the level."""
 
@@ -183,30 +194,33 @@ class _Anatomy:
         rng, girth = self.rng, math.sqrt(1 - 0.6 * self.level**2)
         width, height = rng.uniform(0.66, 0.76) * girth, rng.uniform(0.82, 0.92) * girth
         skull, brain, rim = rng.uniform(0.75, 0.95), rng.uniform(0.4, 0.5), rng.uniform(0.06, 0.1)
-        plane = self._blend(np.zeros_like(self.x), skull, 0, 0, width, height)
-        plane = self._blend(plane, 0.12, 0, 0, width - rim, height - rim)
-        plane = self._blend(plane, brain, 0, 0, width - rim - 0.04, height - rim - 0.04, waves=(11, 0.035))
+        plane = self._blend(np.zeros_like(self.x), skull, _Ellipse(0, 0, width, height))
+        plane = self._blend(plane, 0.12, _Ellipse(0, 0, width - rim, height - rim))
+        plane = self._blend(
+            plane, brain, _Ellipse(0, 0, width - rim - 0.04, height - rim - 0.04, waves=11, depth=0.035)
+        )
         white = brain + rng.uniform(0.08, 0.14)
-        plane = self._blend(plane, white, 0, 0, width * 0.66, height * 0.68, waves=(7, 0.12))
+        plane = self._blend(plane, white, _Ellipse(0, 0, width * 0.66, height * 0.68, waves=7, depth=0.12))
         grey = rng.uniform(0.9, 1.05) * brain
         for side in (-1, 1):
-            drift = rng.uniform(-0.02, 0.02, 2)
+            dx, dy = rng.uniform(-0.02, 0.02, 2)
             opened = max(0.2, 1 + 1.1 * self.level) * rng.uniform(0.8, 1.2)
-            plane = self._blend(plane, grey, side * 0.2 + drift[0], 0.12 + drift[1], 0.1, 0.15 * girth, side * 0.4)
-            plane = self._blend(plane, 0.16, side * 0.1, -0.1 + drift[1], 0.055 * opened, 0.2 * opened, side * -0.35)
+            nucleus = _Ellipse(side * 0.2 + dx, 0.12 + dy, 0.1, 0.15 * girth, side * 0.4)
+            ventricle = _Ellipse(side * 0.1, -0.1 + dy, 0.055 * opened, 0.2 * opened, side * -0.35)
+            plane = self._blend(self._blend(plane, grey, nucleus), 0.16, ventricle)
         plane = self._spots(plane, width, height)
         return plane + self._texture(plane)
 
     def _spots(self, plane: Plane, width: float, height: float) -> Plane:
         """Vessels, perivascular spaces: what a reader must not take for a lesion. Each is in some levels only."""
-        for _ in range(14):
-            r, angle, level = self.rng.uniform(0.15, 0.8), self.rng.uniform(0, 2 * math.pi), self.rng.uniform(-0.7, 0.7)
-            radius, delta = self.rng.uniform(0.012, 0.04), self.rng.choice((-1, 1)) * self.rng.uniform(0.05, 0.2)
-            seen = math.exp(-(((self.level - level) / 0.25) ** 2))
-            x, y = r * width * math.cos(angle), r * height * math.sin(angle)
-            stretch = self.rng.uniform(1, 2.5)
-            share = self._inside(x, y, radius, radius * stretch, self.rng.uniform(0, math.pi))
-            plane = plane + seen * delta * share
+        for _ in range(9):
+            away, level, delta = self.rng.uniform((0.15, -0.7, 0.04), (0.8, 0.7, 0.14))
+            around, turn = self.rng.uniform(0, 2 * math.pi, 2)
+            radius, stretch = self.rng.uniform((0.012, 1), (0.035, 2.5))
+            delta *= self.rng.choice((-1, 1)) * math.exp(-(((self.level - level) / 0.25) ** 2))
+            if abs(delta) > 0.004:  # one grey level
+                at = away * width * math.cos(around), away * height * math.sin(around)
+                plane = plane + delta * self._inside(_Ellipse(*at, radius, radius * stretch, turn))
         return plane
 
     def _texture(self, plane: Plane) -> Plane:
@@ -233,31 +247,19 @@ class _Anatomy:
             x, y = x + sx * wave, y + sy * wave
         self.x, self.y = x, y
 
-    def _inside(
-        self, x: float, y: float, a: float, b: float, turn: float = 0.0, waves: tuple[int, float] = (0, 0)
-    ) -> Plane:
-        """[size, size] in 0..1: the share of each pixel inside an ellipse of semi-axes `a`, `b`, its rim wavy."""
-        u, v = self.x - x, self.y - y
-        u, v = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
-        r = np.hypot(u / a, v / b)
-        if waves[0]:
-            phase, angle = self.rng.uniform(0, 2 * math.pi), np.arctan2(v / b, u / a)
-            r = r * (1 + waves[1] * np.sin(waves[0] * angle + phase + 4 * self.level))
-        return _soft((1 - r) * min(a, b) * self.size / 2)
+    def _inside(self, shape: _Ellipse) -> Plane:
+        """[size, size] in 0..1: the share of each pixel that lies inside."""
+        u, v = self.x - shape.x, self.y - shape.y
+        cos, sin = math.cos(shape.turn), math.sin(shape.turn)
+        u, v = (u * cos + v * sin) / shape.a, (v * cos - u * sin) / shape.b
+        r = np.hypot(u, v)
+        if shape.waves:
+            phase = self.rng.uniform(0, 2 * math.pi) + 4 * self.level
+            r = r * (1 + shape.depth * np.sin(shape.waves * np.arctan2(v, u) + phase))
+        return _soft((1 - r) * min(shape.a, shape.b) * self.size / 2)
 
-    def _blend(
-        self,
-        plane: Plane,
-        value: float,
-        x: float,
-        y: float,
-        a: float,
-        b: float,
-        turn: float = 0.0,
-        waves: tuple[int, float] = (0, 0),
-    ) -> Plane:
-        share = self._inside(x, y, a, b, turn, waves)
-        return plane + share * (value - plane)
+    def _blend(self, plane: Plane, value: float, shape: _Ellipse) -> Plane:
+        return plane + self._inside(shape) * (value - plane)
 
 
 def _with_lesion(plane: Plane, patient: _Patient, level: float, size: int) -> Plane:
@@ -267,14 +269,15 @@ def _with_lesion(plane: Plane, patient: _Patient, level: float, size: int) -> Pl
     rng = generator("phantom lesion", patient.seed, patient.number)
     contrast = CONTRAST[patient.truth] * rng.uniform(0.7, 1.3)
     if patient.truth == "disease/nodule":
-        return plane + contrast * np.exp(-(distance**2) * 1.5)
-    if patient.truth == "disease/cyst":
-        inside = _soft((1 - distance) * radius * size)
+        change = np.exp(-1.5 * distance**2)
+    elif patient.truth == "disease/cyst":
         rim = np.exp(-(((distance - 1.05) * radius * size / 1.1) ** 2))
-        return plane - contrast * inside + 0.7 * contrast * rim
-    sigma = size * 0.012
-    speckle = gaussian_filter(rng.standard_normal(plane.shape), sigma) * sigma * 3.5
-    return plane + contrast * speckle * np.exp(-((distance / 1.1) ** 4))
+        change = 0.7 * rim - _soft((1 - distance) * radius * size)
+    else:
+        sigma = size * 0.012
+        change = gaussian_filter(rng.standard_normal(plane.shape), sigma) * sigma * 3.5
+        change *= np.exp(-((distance / 1.1) ** 4))
+    return np.asarray(plane + contrast * change)
 
 
 def _soft(pixels: Plane) -> Plane:

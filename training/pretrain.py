@@ -1,26 +1,20 @@
-"""`pretrain`: launches the worker loop on Ray Train, watches it, and turns its last checkpoint into a RUN."""
+"""`pretrain`: images without labels to a RUN with an encoder, its metrics and its figures."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cluster import errors, storage
-from cluster.errors import RayographError, ResourceError, StoppedError, UsageError, nearest
+from cluster.errors import RayographError, UsageError, nearest
 from cluster.outdir import OutDir
-from cluster.progress import Bar, progress, say
-from cluster.session import Resources, session
-from training import checkpoint, figures
+from cluster.progress import say
+from cluster.session import session
+from training import checkpoint, figures, keyed
 from training.artifact import ModelCard, save_model
 from training.configs import PretrainConfig
 from training.dataset import Dataset, Selection
@@ -28,15 +22,12 @@ from training.device import choose_device, count_workers, precision_of, threads_
 from training.encoder import Architecture, architecture_for
 from training.feed import Source
 from training.ingest import resolve_data
-from training.loop import FAILURE, STOP, Job, Learner, augmentation, build, train
+from training.launch import launch
+from training.lineage import own_images, seen_by
+from training.loop import FAILURE, STOP, Job, Learner, build
 from training.methods import METHODS
 from training.transform import evaluation_view
 from training.weights import Wanted
-from training import keyed
-
-MAX_RESTARTS = 3
-STOP_PATIENCE_S = 7.0
-"""How long a stopped run may take to write its checkpoint before it is ended without one."""
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -72,7 +63,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             learner = build(job)
             _announce(job, learner, workers, len(selection))
             started = time.monotonic()
-            _run(job, workers, device, found)
+            launch(job, workers, device)
             seconds = time.monotonic() - started
         return _finish(out, job, learner, dataset, selection, workers, seconds)
 
@@ -132,118 +123,6 @@ def _announce(job: Job, learner: Learner, workers: int, images: int) -> None:
     say(f"initial weights: {job.wanted.init}{f' (sha256 {source})' if source else ''}")
 
 
-def _run(job: Job, workers: int, device: str, found: Resources) -> None:
-    """The worker loop has come to its end on every rank, or an error says why not."""
-    outcome: list[BaseException | None] = []
-
-    def fit() -> None:
-        try:
-            _trainer(job, workers, device).fit()
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, name="train", daemon=True)
-    thread.start()
-    total = job.config.epochs * job.source.plan.total
-    with _stopping(job) as stopped, progress("pretrain", total, "images") as bar:
-        tail = _Tail(Path(job.out) / "metrics.jsonl", bar, found)
-        while thread.is_alive():
-            thread.join(0.5)
-            tail.read()
-            if stopped() and time.monotonic() - stopped() > STOP_PATIENCE_S:
-                break
-        tail.read()
-    _raise_failure(job, outcome, bool(stopped()))
-
-
-def _trainer(job: Job, workers: int, device: str) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    return TorchTrainer(
-        train,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo", timeout_s=300),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"CPU": 1} if device != "cuda" else None
-        ),
-        run_config=RunConfig(
-            name=f"rayograph-{uuid.uuid4().hex[:12]}",  # an old name would resume Ray's state of an old run
-            storage_path=str(Path(job.out) / ".ray"),
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=0),
-        ),
-    )
-
-
-@contextlib.contextmanager
-def _stopping(job: Job) -> Iterator[Callable[[], float]]:
-    """Ctrl-C and SIGTERM ask the ranks for a checkpoint; yields the time of the request, 0.0 before it."""
-    asked = [0.0]
-    kind = [0]
-
-    def ask(number: int, _frame: object) -> None:
-        if asked[0] and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        asked[0], kind[0] = time.monotonic(), number
-        (Path(job.out) / STOP).touch()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: asked[0]
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked[0]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if kind[0] == signal.SIGINT:
-        raise KeyboardInterrupt
-
-
-class _Tail:
-    """Follows `metrics.jsonl` for the progress bar, and notices a start that never comes."""
-
-    def __init__(self, path: Path, bar: Bar, found: Resources) -> None:
-        self.path, self.bar, self.offset, self.samples = path, bar, 0, 0
-
-    def read(self) -> None:
-        if not self.path.exists():
-            return
-        if self.path.stat().st_size < self.offset:  # cut back by a restart
-            self.offset = 0
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            content = file.read()
-        lines = content[: content.rfind(b"\n") + 1]
-        self.offset += len(lines)
-        rows = [json.loads(line) for line in lines.splitlines()]
-        steps = [row for row in rows if "step" in row]
-        if steps and steps[-1]["samples"] > self.samples:
-            self.bar.advance(steps[-1]["samples"] - self.samples, f"loss {steps[-1]['loss']:.4f}")
-            self.samples = steps[-1]["samples"]
-
-
-def _raise_failure(job: Job, outcome: list[BaseException | None], stopped: bool) -> None:
-    if stopped:
-        raise StoppedError("stopped; the same command again goes on from its last checkpoint")
-    failure = Path(job.out) / FAILURE
-    if failure.exists():
-        values = storage.read_json(failure)
-        raise getattr(errors, values["kind"], RayographError)(values["message"])
-    error = outcome[0] if outcome else None
-    if error is not None:
-        raise RayographError(f"training failed: {_cause(error)}; details in {job.out}/run.log") from error
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost message of Ray's nested errors, in one line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    inner = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return lines[-1] if lines else type(inner).__name__
-
-
 def _finish(
     out: OutDir,
     job: Job,
@@ -270,13 +149,12 @@ def _finish(
             "verb": "pretrain",
             "method": job.config.method,
             "dataset": dataset.version,
-            "images": sorted(selection.column("sha256")),
             "initial": learner.provenance,
             "config": job.config.identity(),
         },
     )
     encoder: Any = module.encoder
-    save_model(out.path / "model", card, encoder)
+    save_model(out.path / "model", card, encoder, seen=own_images(selection) | seen_by(job.config.init))
     _figures(out.path, job, learner, dataset, selection, steps)
     rate = [r["images_per_second"] for r in steps]
     summary = {
@@ -288,9 +166,7 @@ def _finish(
         "seconds": seconds,
         "workers": workers,
         "restarts": len(starts) - 1,
-        "data_wait_share": float(
-            sum(r["data_wait_s"] for r in steps) / max(1e-9, sum(job.config.batch_size / r for r in rate))
-        ),
+        "data_wait_share": _wait_share(steps, job),
     }
     out.finish(summary)
     say(
@@ -319,3 +195,10 @@ def _figures(
     masked, made = module.pictures(images, torch.from_numpy(noise))
     show = learner.input.restore
     figures.reconstructions(show(images), show(masked), show(made), folder / "reconstructions.png")
+
+
+def _wait_share(steps: list[dict[str, Any]], job: Job) -> float:
+    """Share of the training time that rank 0 waited for data."""
+    plan = job.source.plan
+    seconds = sum(plan.batch_rows((r["step"] - 1) % plan.batches) / r["images_per_second"] for r in steps)
+    return float(sum(r["data_wait_s"] for r in steps) / max(1e-9, seconds))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import os
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from cluster import storage
 from cluster.errors import UsageError, nearest
 from training import phantom
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .tif .tiff .bmp .gif .webp .ppm .pgm .pnm .jp2 .mpo".split())
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".jp2", ".mpo")
+)
 UNLABELLED_FOLDERS = frozenset({"unlabelled", "unlabeled"})
 CORE_COLUMNS = ("path", "label", "group", "case")
 
@@ -41,8 +44,8 @@ class Reader(Protocol):
 class Listing:
     """The rows of a SOURCE, in its own order.
 
-    rows: `key` (binary, what the reader takes), `path` (for people, valid UTF-8), `frame`, `label`, `group`, `case`, and
-    every extra column of the index, as strings.
+    rows: `key` (binary, what the reader takes), `path` (for people, valid UTF-8), `frame`, `label`, `group`, `case`,
+    and every extra column of the index, as strings.
     """
 
     rows: pa.Table
@@ -62,12 +65,14 @@ class FileReader:
     root: str
 
     def read(self, key: bytes, frame: int) -> bytes:
-        if storage.is_local(self.root):
-            return Path(os.fsdecode(os.path.join(os.fsencode(self.root), key))).read_bytes()  # noqa: PTH118 (bytes)
-        filesystem, base = _filesystem(self.root)
-        name = key.decode()
-        with filesystem.open_input_file(name if name.startswith(base) else f"{base.rstrip('/')}/{name}") as file:
-            return bytes(file.read())
+        try:
+            if storage.is_local(self.root):
+                return Path(os.fsdecode(os.path.join(os.fsencode(self.root), key))).read_bytes()  # noqa: PTH118 (bytes)
+            filesystem, base = _filesystem(self.root)
+            with filesystem.open_input_file(posixpath.join(base, key.decode())) as file:
+                return bytes(file.read())
+        except ValueError as error:  # a null byte, or a name that the file system cannot spell
+            raise FileNotFoundError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def list_source(source: str, *, seed: int = 0, size: int = 128) -> Listing:
     Raises:
         UsageError: there is no such source, it holds no image, or its index is not one.
     """
+    if source.startswith("file://"):
+        source = str(storage.local_path(source))
     if source.startswith("phantom:"):
         return _phantoms(source, seed, size)
     if source.startswith("medmnist:"):
@@ -129,9 +136,9 @@ def _table(columns: dict[str, list[Any]]) -> pa.Table:
             **{name: pa.array(values, pa.string()) for name, values in base.items()},
         }
     )
-    for name in columns:
+    for name, values in columns.items():
         if name not in table.column_names:
-            table = table.append_column(name, pa.array(columns[name], pa.string()))
+            table = table.append_column(name, pa.array(values, pa.string()))
     return table
 
 
@@ -139,9 +146,14 @@ def _display(key: bytes) -> str:
     return key.decode("utf-8", "backslashreplace")
 
 
+def _shown(text: str) -> str:
+    """`text` as valid UTF-8: its surrogate escapes written out."""
+    return text if text.isascii() else _display(os.fsencode(text))
+
+
 def _phantoms(source: str, seed: int, size: int) -> Listing:
     digits = source.removeprefix("phantom:")
-    if not digits.isdigit() or int(digits) < 1:
+    if not digits.isdecimal() or int(digits) < 1:
         raise UsageError(f"{source}: give a count, such as phantom:600")
     rows = phantom.rows(int(digits), seed)
     columns: dict[str, list[Any]] = {
@@ -189,21 +201,27 @@ def _npz(source: str) -> Listing:
     for name in sorted(arrays):
         if not name.endswith("_images"):
             continue
+        if np.ndim(arrays[name]) < 3:
+            raise UsageError(f"{source}: {name} holds no images (N x height x width)")
         split, count = name.removesuffix("_images"), len(arrays[name])
         labels = arrays.get(f"{split}_labels")
         columns["key"] += [name.encode()] * count
         columns["path"] += [f"{Path(source).name}/{split}"] * count
         columns["frame"] += list(range(count))
-        columns["label"] += [""] * count if labels is None else _npz_labels(np.asarray(labels), count, source)
+        columns["label"] += (
+            [""] * count if labels is None else _npz_labels(np.asarray(labels), count, f"{source}: {split}_labels")
+        )
         columns["split"] += [split] * count
     if not columns["key"]:
         raise UsageError(f"{source}: no array named *_images; MedMNIST form has train_images, train_labels, …")
     return Listing(_table(columns), NpzReader(source))
 
 
-def _npz_labels(labels: np.ndarray, count: int, source: str) -> list[str]:
-    if len(labels) != count:
-        raise UsageError(f"{source}: {count} images but {len(labels)} labels")
+def _npz_labels(labels: np.ndarray, count: int, what: str) -> list[str]:
+    if not labels.ndim or len(labels) != count:
+        raise UsageError(f"{what}: {count} images but {len(labels) if labels.ndim else 'no'} labels")
+    if labels.dtype.kind not in "biuf" or not np.array_equal(labels, np.floor(labels)):
+        raise UsageError(f"{what}: class numbers must be whole numbers")
     matrix = labels.reshape(count, -1)
     if matrix.shape[1] == 1:
         return [str(int(v)) for v in matrix[:, 0]]
@@ -245,7 +263,7 @@ def _walk(root: bytes) -> Iterator[bytes]:
 
 def _folder_label(path: str) -> str:
     label = path.rpartition("/")[0]
-    return "" if label.lower() in UNLABELLED_FOLDERS else label
+    return "" if UNLABELLED_FOLDERS & set(label.lower().split("/")) else label
 
 
 def _index(source: str) -> Listing:
@@ -259,8 +277,8 @@ def _index(source: str) -> Listing:
     columns["label"] = [_clean_label(text) for text in columns.get("label", [""] * len(keys))]
     root = source.rpartition("/")[0] or "."
     reserved = {"key", "frame"}
-    extras = {k: v for k, v in columns.items() if k not in reserved}
-    rows = _table({"key": keys, **extras, "path": [_display(k) for k in keys]})
+    extras = {_shown(k): list(map(_shown, v)) for k, v in columns.items() if k not in reserved}
+    rows = _table({"key": keys, **extras})
     return Listing(rows, FileReader(root))
 
 
@@ -296,6 +314,13 @@ def _parquet_columns(source: str) -> dict[str, list[str]]:
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(source)))
         plain = {n: c for n, c in zip(table.column_names, table.columns, strict=True) if not pa.types.is_nested(c.type)}
-        return {n: ["" if v is None else str(v) for v in c.to_pylist()] for n, c in plain.items()}
+        return {n: [_plain(v) for v in c.to_pylist()] for n, c in plain.items()}
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{source}: not a readable Parquet manifest ({str(error).splitlines()[0]})") from error
+
+
+def _plain(value: Any) -> str:
+    """A cell as text; bytes may be a name that is not UTF-8."""
+    if value is None:
+        return ""
+    return os.fsdecode(value) if isinstance(value, bytes) else str(value)

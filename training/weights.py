@@ -11,7 +11,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers.patch_embed import resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -73,7 +74,8 @@ def initial_weights(wanted: Wanted) -> Initial:
     if Path(wanted.init).exists():
         return _from_run(wanted)
     raise UsageError(
-        f"--init {wanted.init}: neither imagenet, none, timm:NAME, hf-hub:NAME, a .safetensors file nor a RUN that exists"
+        f"--init {wanted.init}: neither imagenet, none, timm:NAME, hf-hub:NAME, a .safetensors file "
+        "nor a RUN that exists"
     )
 
 
@@ -143,7 +145,7 @@ def _from_hub(wanted: Wanted) -> Initial:
     if wanted.init.startswith("timm:"):
         check_model(name)
     try:
-        source = timm.create_model(name, pretrained=True, num_classes=0)
+        source: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"--init {wanted.init}: weights cannot be had ({first[:160]})") from error
@@ -157,12 +159,12 @@ def _from_hub(wanted: Wanted) -> Initial:
     return Initial(_load(architecture, wanted, state), architecture, chosen, {"init": wanted.init, "sha256": digest})
 
 
-def _fitted(name: str, source: nn.Module, wanted: Wanted, channels: int) -> Architecture:
+def _fitted(name: str, source: Any, wanted: Wanted, channels: int) -> Architecture:
     """The architecture of `source` at the size wanted; its own size where none was asked for."""
     vit = isinstance(source, VisionTransformer)
     patch = int(source.patch_embed.patch_size[0]) if vit else None
     if wanted.image_size == "auto":
-        own = source.patch_embed.img_size if vit else tuple(source.pretrained_cfg["input_size"][1:])  # type: ignore
+        own = source.patch_embed.img_size if vit else tuple(source.pretrained_cfg["input_size"][1:])
         height, width = int(own[0]), int(own[1])
     else:
         height, width = parse_size(wanted.image_size)

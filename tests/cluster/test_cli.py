@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,11 @@ import signal, sys, types
 from cluster import cli
 from cluster.errors import *
 
+def ready():
+    print("ready", flush=True)
+
 def ingest(config):
-    BODY
+BODY
 
 module = types.ModuleType("training.ingest")
 module.ingest = ingest
@@ -37,7 +41,7 @@ def rayograph(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def ingest_that(body: str) -> list[str]:
     """The command of a process whose `ingest` does `body`."""
-    return [sys.executable, "-c", FAKE.replace("BODY", body)]
+    return [sys.executable, "-c", FAKE.replace("BODY", textwrap.indent(body, "    "))]
 
 
 def run_ingest(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,9 +50,8 @@ def run_ingest(body: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def start_ingest(body: str) -> subprocess.Popen[str]:
-    """A started process whose `ingest` has printed "ready" and goes on with `body`."""
-    command = ingest_that(f"print('ready', flush=True); {body}")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A started process whose `ingest` does `body` and has come to its `ready()`."""
+    process = subprocess.Popen(ingest_that(body), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -165,22 +168,27 @@ def test_an_error_that_a_ray_task_wrapped_is_told_in_its_own_words() -> None:
 
 
 def test_ctrl_c_is_130_and_one_line() -> None:
-    code, errors = signalled("signal.pause()", signal.SIGINT)
+    code, errors = signalled("ready(); signal.pause()", signal.SIGINT)
     assert (code, errors) == (130, "rayograph: stopped; the same command again goes on\n")
 
 
+CLEAN_UP = """
+try:
+    ready()
+    signal.pause()
+finally:
+    signal.raise_signal(signal.SIGINT)
+    print("cleaned", file=sys.stderr)
+"""
+
+
 def test_a_ctrl_c_that_arrives_twice_does_not_disturb_the_clean_up() -> None:
-    body = (
-        "exec('try: signal.pause()\\nfinally:\\n"
-        ' signal.raise_signal(signal.SIGINT)\\n print("cleaned", file=sys.stderr)\')'
-    )
-    code, errors = signalled(body, signal.SIGINT)
-    assert code == 130
-    assert errors.startswith("cleaned\n")
+    code, errors = signalled(CLEAN_UP, signal.SIGINT)
+    assert (code, errors) == (130, "cleaned\nrayograph: stopped; the same command again goes on\n")
 
 
 def test_sigterm_is_75_and_resumable() -> None:
-    code, errors = signalled("signal.pause()", signal.SIGTERM)
+    code, errors = signalled("ready(); signal.pause()", signal.SIGTERM)
     assert (code, errors) == (75, "rayograph: stopped by SIGTERM; the same command again goes on\n")
 
 

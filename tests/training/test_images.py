@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -175,6 +176,18 @@ def test_damaged_files_raise_nothing_but_unreadable_and_stay_silent(
         assert decode(bytes(broken), SMALL).shape[:2] == (32, 32)
     except UnreadableImage as error:
         assert error.reason
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Pillow's wheels for Windows link libtiff in")
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+def test_libtiff_does_not_print_either(compression: str, capfd: pytest.CaptureFixture[str]) -> None:
+    image = Image.fromarray(picture()).convert("1" if compression == "group4" else "RGB")
+    whole = encoded(image, "TIFF", compression=compression)
+    for at in range(8, len(whole), max(1, len(whole) // 100)):
+        broken = whole[:at] + b"\xa5\x5a" + whole[at + 2 :]
+        with contextlib.suppress(UnreadableImage):
+            decode(broken, SMALL)
     assert capfd.readouterr() == ("", "")
 
 

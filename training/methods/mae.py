@@ -16,8 +16,8 @@ from training.encoder import sincos
 class MAE(nn.Module):
     """Encoder on visible patches, light decoder on all, loss on normalised hidden patches.
 
-    The encoder *is* a timm ViT: its keys and its forward pass on whole images are timm's own. Against the official code:
-    only visible patches are embedded (the same numbers, a quarter of the work), and only hidden ones are predicted.
+    The encoder *is* a timm ViT: its keys and its forward pass on whole images are timm's own. Against the official
+    code: only visible patches are embedded (the same numbers, a quarter of the work), only hidden ones are predicted.
 
     Args:
         encoder: a plain timm ViT without register tokens. Its positions stay fixed where they are sine-cosine.
@@ -110,7 +110,7 @@ class MAE(nn.Module):
 
     def decode(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Predicted pixels [B, N - V, C * p * p] of the hidden patches, in the order of `order[:, V:]`."""
-        positions = self.decoder_positions[0]
+        positions: Tensor = self.get_buffer("decoder_positions")[0]
         embedded = self.decoder_embed(tokens)
         prefix = self.encoder.num_prefix_tokens
         visible = embedded[:, prefix:] + positions[order[:, : self.visible]]

@@ -1,0 +1,102 @@
+"""The demo: its commands are ones the command line takes, and its verdict claims no more than it saw."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import cli, demo
+from cluster.demo import DemoConfig, Part, Step
+from cluster.errors import RayographError
+
+
+def summaries(before: list[float | None], after: list[float | None]) -> dict[str, Any]:
+    """Summaries of the four steps, with balanced accuracies as value, low, high."""
+    metrics = [{"balanced_accuracy": {"value": v, "ci95": [low, high]}} for v, low, high in (before, after)]
+    return {
+        "dataset": {"images": 600, "seconds": 12.34567},
+        "pretrain": {"epochs": 3},
+        "scratch": {"metrics": metrics[0]},
+        "transfer": {"metrics": metrics[1]},
+    }
+
+
+@pytest.mark.parametrize("data", [None, "a folder"])
+def test_every_command_is_one_that_the_command_line_takes(monkeypatch: pytest.MonkeyPatch, data: str | None) -> None:
+    seen: list[Any] = []
+    for name, verb in list(cli.VERBS.items()):
+
+        def record(config: Any) -> None:
+            seen.append(config)
+
+        record.__annotations__["config"] = verb.config
+        if name not in ("demo", "doctor"):
+            monkeypatch.setitem(cli.VERBS, name, cli.Verb(record, verb.config))
+    chain = demo.steps(DemoConfig(data=data, out="some where", overwrite=True))
+    for step in chain.values():
+        program, *arguments = shlex.split(step.text)
+        assert program == "rayograph"
+        cli.build_app().meta(arguments)
+    assert [config.out for config in seen] == [str(step.out) for step in chain.values()]
+    assert all(config.overwrite for config in seen)
+    assert (seen[0].source, seen[3].init) == (data or f"phantom:{demo.PHANTOMS}", str(chain["pretrain"].out))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ([0.5, 0.45, 0.55], [0.7, 0.6, 0.8], ["gained 0.200", "0.500 [0.450, 0.550]"]),
+        ([0.7, 0.6, 0.8], [0.5, 0.45, 0.55], ["lost 0.200"]),
+        ([0.5, 0.4, 0.6], [0.55, 0.45, 0.65], ["gained 0.050", "may be chance"]),
+        ([None, None, None], [0.5, 0.4, 0.6], ["Undecided"]),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_intervals_allow(
+    before: list[float | None], after: list[float | None], words: list[str]
+) -> None:
+    text = demo.verdict(summaries(before, after))
+    assert all(word in text for word in words)
+    assert ("chance" in text) == any("chance" in word for word in words)
+
+
+def test_a_finished_chain_leaves_report_and_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = summaries([0.5, 0.45, 0.55], [0.7, 0.6, 0.8])
+
+    def run(step: Step) -> None:
+        step.out.mkdir(parents=True)
+        (step.out / "summary.json").write_text(json.dumps(made[step.out.name]))
+
+    monkeypatch.setattr(demo, "_run", run)
+    summary = demo.demo(DemoConfig(out=str(tmp_path)), write_report=cli._write_report)
+    assert summary["images"] == 600
+    page = (tmp_path / "report.html").read_text()
+    assert "gained 0.200" in page
+    assert "+0.200" in page
+    assert f"rayograph ingest phantom:{demo.PHANTOMS} --out {tmp_path}/dataset" in page
+    assert "$ rayograph ingest" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == 600
+
+
+def test_a_step_that_fails_stops_the_chain_with_its_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def write_report(path: Path, title: str, parts: list[Part]) -> None:
+        raise AssertionError("there is nothing to report")
+
+    with pytest.raises(RayographError, match="stopped at: rayograph ingest") as caught:
+        demo.demo(DemoConfig(data=str(tmp_path / "gone"), out=str(tmp_path / "demo")), write_report=write_report)
+    assert caught.value.exit_code == 2
+    assert "gone" in capfd.readouterr().err
+
+
+def test_nothing_of_training_is_imported() -> None:
+    code = "import sys, cluster.demo; sys.exit('training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

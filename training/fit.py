@@ -1,0 +1,81 @@
+"""One fit of a transfer: a fold of the cross-validation or the final refit, for each task. No Ray in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from training.splits import Fold, cross_validation, hold_out
+from training.tasks.finetune import Recipe, fine_tune, predict_logits
+from training.tasks.frozen import ESTIMATORS, INNER_FOLDS, Frozen
+
+HELD_FRACTION = 0.15
+"""Share of a fold's training groups that only chooses when to stop."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labelled rows of a run: class numbers and names [N], and groups [N]."""
+
+    truth: np.ndarray
+    names: list[str]
+    groups: list[str]
+    split: str
+
+    def take(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
+        return [self.names[r] for r in rows], [self.groups[r] for r in rows]
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    repeat: int
+    fold: int
+    test: np.ndarray
+    probabilities: np.ndarray
+    best_epoch: int
+    history: list[dict[str, float]]
+
+
+def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:
+    """Trains on the fold's training rows, of which some groups only choose the epoch; judges its test rows."""
+    names, groups = labels.take(fold.train)
+    own = groups if labels.split == "group" else [str(r) for r in fold.train]
+    train, held = hold_out(names, own, fraction=HELD_FRACTION, seed=recipe.seed + fold.repeat)
+    outcome = fine_tune(recipe, pixels, labels.truth, fold.train[train], fold.train[held], fold.repeat, fold.fold)
+    logits = predict_logits(outcome.network, outcome.initial.input, pixels[fold.test], "cpu")
+    return FoldResult(fold.repeat, fold.fold, fold.test, _softmax(logits), outcome.best_epoch, outcome.history)
+
+
+def refit_network(recipe: Recipe, pixels: np.ndarray, labels: Labels, epochs: int) -> dict[str, np.ndarray]:
+    """Weights of the network trained on all rows for `epochs` of the recipe's schedule, as arrays by name."""
+    everything = np.arange(len(labels.truth))
+    outcome = fine_tune(recipe, pixels, labels.truth, everything, everything[:0], "refit", stop_after=epochs)
+    return {k: v.numpy() for k, v in outcome.network.state_dict().items()}
+
+
+def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
+    fitted = fit_frozen(task, features, labels, fold.train, classes, seed)
+    return FoldResult(fold.repeat, fold.fold, fold.test, fitted.probabilities(features[fold.test]), 0, [])
+
+
+def fit_frozen(task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int) -> Frozen:
+    """A classifier on the features of `rows`; inner folds keep groups whole."""
+    names, groups = labels.take(rows)
+    split: Any = labels.split
+    inner = cross_validation(names, groups, folds=_inner_folds(names, groups, split), repeats=1, split=split, seed=seed)
+    pairs = [(f.train, f.test) for f in inner]
+    return Frozen(ESTIMATORS[task](features[rows], labels.truth[rows], pairs), classes)
+
+
+def _inner_folds(names: list[str], groups: list[str], split: str) -> int:
+    """As many as the rarest class allows, at most `INNER_FOLDS`."""
+    units = [len({g for n, g in zip(names, groups, strict=True) if n == c}) for c in set(names)]
+    images = [names.count(c) for c in set(names)]
+    return max(2, min(INNER_FOLDS, *(units if split == "group" else images)))
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))

@@ -1,0 +1,173 @@
+"""Fine-tuning of the whole network: AdamW, one cycle, class weights, layer-wise decay for pretrained ViTs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training import keyed
+from training.artifact import forward
+from training.encoder import layer_of, seed_weights
+from training.schedule import decays, warmup_cosine
+from training.transform import Augmentation, Input, evaluation_view, sample_draws, training_view
+from training.weights import Initial, Wanted, initial_weights
+
+WARMUP = 0.1
+EVALUATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is fine-tuned; plain values, shipped to the task that does it."""
+
+    wanted: Wanted
+    classes: int
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    layer_decay: float | None
+    label_smoothing: float
+    augmentation: Augmentation
+    seed: int
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    network: nn.Module
+    initial: Initial
+    best_epoch: int
+    """Passes after which the held rows' loss was lowest; all of them where nothing was held."""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fine_tune(
+    recipe: Recipe,
+    pixels: np.ndarray,
+    truth: np.ndarray,
+    train: np.ndarray,
+    held: np.ndarray,
+    *key: object,
+    stop_after: int | None = None,
+) -> Outcome:
+    """A network trained on rows `train` of `pixels` (uint8 [N, H, W, C]), stopped where rows `held` were judged best.
+
+    The schedule spans `recipe.epochs`, of which `stop_after` are done; with no held rows the last one counts. `key`
+    separates the randomness of folds and repeats.
+    """
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(keyed.number("dropout", recipe.seed, *key) % 2**63)
+    initial = initial_weights(recipe.wanted)
+    network = with_classifier(initial.network, recipe).to(recipe.device)
+    optimizer = torch.optim.AdamW(layer_groups(network, recipe, initial), lr=recipe.lr)
+    weight = class_weights(truth[train], recipe.classes).to(recipe.device)
+    best, best_loss, best_epoch, history = None, float("inf"), recipe.epochs, []
+    for epoch in range(stop_after or recipe.epochs):
+        loss = _one_epoch(recipe, network, optimizer, initial.input, weight, pixels, truth, train, epoch, key)
+        row = {"epoch": epoch + 1, "loss": loss}
+        if len(held):
+            row["held_loss"] = _loss(network, initial.input, weight, pixels[held], truth[held], recipe.device)
+            if row["held_loss"] < best_loss:
+                best, best_loss, best_epoch = copy.deepcopy(network.state_dict()), row["held_loss"], epoch + 1
+        history.append(row)
+    if best is not None:
+        network.load_state_dict(best)
+    return Outcome(network.eval().cpu(), initial, best_epoch, history)
+
+
+def with_classifier(network: nn.Module, recipe: Recipe) -> nn.Module:
+    """The network with a fresh classifier of small weights, keyed by the seed."""
+    network.reset_classifier(recipe.classes)  # type: ignore[operator]
+    head: nn.Module = network.get_classifier()  # type: ignore[operator]
+    seed_weights(head, recipe.seed, "classifier.")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(0.1)
+    return network
+
+
+def class_weights(truth: np.ndarray, classes: int) -> torch.Tensor:
+    """Weights float32 [K] that give every class the same say: N / (K n_k); 0 for a class without rows."""
+    counts = np.bincount(truth, minlength=classes).astype(np.float64)
+    weights = np.where(counts > 0, len(truth) / (max(1, (counts > 0).sum()) * np.maximum(counts, 1)), 0.0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def layer_groups(network: nn.Module, recipe: Recipe, initial: Initial) -> list[dict[str, Any]]:
+    """AdamW groups with learning rates that fall by `layer_decay` per layer below the head (Bao et al. 2022)."""
+    decay = recipe.layer_decay
+    if decay is None:
+        decay = 0.75 if initial.architecture.patch is not None and recipe.wanted.init != "none" else 1.0
+    depth = {n: layer_of(network, n) for n, p in network.named_parameters() if p.requires_grad}
+    top = max(depth.values())
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = (depth[name], decays(name, parameter))
+        scale = decay ** (top - depth[name])
+        group = groups.setdefault(
+            key, {"params": [], "scale": scale, "weight_decay": recipe.weight_decay if key[1] else 0.0}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _one_epoch(
+    recipe: Recipe,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    shown: Input,
+    weight: torch.Tensor,
+    pixels: np.ndarray,
+    truth: np.ndarray,
+    train: np.ndarray,
+    epoch: int,
+    key: tuple[object, ...],
+) -> float:
+    """Mean training loss of one pass in an order keyed by (seed, key, epoch)."""
+    network.train()
+    order = keyed.generator("order", recipe.seed, *key, epoch).permutation(train)
+    batches = np.array_split(order, max(1, len(order) // recipe.batch_size))
+    total = 0.0
+    for number, rows in enumerate(batches):
+        share = warmup_cosine(epoch * len(batches) + number, recipe.epochs * len(batches), WARMUP, floor=0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * share * group["scale"]
+        draws, _ = sample_draws(recipe.augmentation, 0, recipe.seed, *key, epoch, positions=rows)
+        logits = network(training_view(pixels[rows], shown, draws, recipe.device))
+        targets = torch.as_tensor(truth[rows], device=recipe.device)
+        loss = F.cross_entropy(logits.float(), targets, weight=weight, label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        total += float(loss.detach()) * len(rows)
+    return total / len(order)
+
+
+@torch.inference_mode()
+def _loss(
+    network: nn.Module, shown: Input, weight: torch.Tensor, pixels: np.ndarray, truth: np.ndarray, device: str
+) -> float:
+    logits = torch.from_numpy(predict_logits(network, shown, pixels, device))
+    return float(F.cross_entropy(logits, torch.as_tensor(truth), weight=weight.cpu()))
+
+
+@torch.inference_mode()
+def predict_logits(network: nn.Module, shown: Input, pixels: np.ndarray, device: str) -> np.ndarray:
+    """Logits float32 [N, K] by the evaluation transform."""
+    network.eval()
+    parts = [
+        forward(network, evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device))[1].float().cpu().numpy()
+        for at in range(0, len(pixels), EVALUATION_BATCH)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,92 @@
+"""Classifiers on frozen features: linear probe, k-nearest neighbours, SVM. scikit-learn, kept without pickle by skops.
+
+Whatever is chosen (regularisation, probability scale) is chosen by an inner, grouped cross-validation of the training
+rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import skops.io
+from sklearn.base import BaseEstimator
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import SVC
+
+from cluster.errors import UsageError
+
+INNER_FOLDS = 3
+TRUSTED = ("sklearn.calibration._CalibratedClassifier", "sklearn.calibration._TemperatureScaling")
+"""The types beyond skops' own list that a head may contain; all are scikit-learn's."""
+
+Inner = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A fitted classifier on features [N, D]."""
+
+    estimator: BaseEstimator
+    classes: int
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """float64 [N, K]; a class that was absent in training gets 0."""
+        estimator: Any = self.estimator
+        out = np.zeros((len(features), self.classes))
+        out[:, estimator.classes_] = estimator.predict_proba(features)
+        return out
+
+    def dumps(self) -> bytes:
+        return bytes(skops.io.dumps(self.estimator))
+
+
+def load_estimator(content: bytes, classes: int) -> Frozen:
+    """The inverse of `Frozen.dumps`.
+
+    Raises:
+        UsageError: it holds a type that no head of ours has.
+    """
+    strange = sorted(set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED))
+    if strange:
+        raise UsageError(f"head.skops holds types that Rayograph never writes: {', '.join(strange)}; it is not loaded")
+    return Frozen(skops.io.loads(content, trusted=list(TRUSTED)), classes)
+
+
+def linear(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
+    """Linear probe: standardised features, balanced multinomial logistic regression, C of 10^-3..10 by inner CV."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=3000))
+    grid = {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0, 10.0]}
+    search = GridSearchCV(model, grid, cv=inner, scoring="balanced_accuracy").fit(features, truth)
+    best: BaseEstimator = search.best_estimator_
+    return best
+
+
+def knn(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
+    """20 nearest neighbours on the unit sphere, weighted by distance."""
+    model = make_pipeline(Normalizer(), KNeighborsClassifier(min(20, len(features)), weights="distance"))
+    fitted: BaseEstimator = model.fit(features, truth)
+    return fitted
+
+
+def svm(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
+    """RBF SVM (C = 10, balanced) on standardised features; probabilities by a temperature from the inner folds."""
+    model = make_pipeline(StandardScaler(), SVC(C=10.0, class_weight="balanced"))
+    fitted: BaseEstimator = CalibratedClassifierCV(model, method="temperature", cv=inner, ensemble=False).fit(
+        features, truth
+    )
+    return fitted
+
+
+ESTIMATORS: dict[str, Callable[[np.ndarray, np.ndarray, Inner], BaseEstimator]] = {
+    "linear": linear,
+    "knn": knn,
+    "svm": svm,
+}

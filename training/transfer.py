@@ -1,0 +1,304 @@
+"""`transfer`: labels and first weights to a judged, refitted, calibrated model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from cluster import storage
+from cluster.errors import UsageError
+from cluster.outdir import OutDir
+from cluster.progress import progress, say
+from cluster.session import cores, session
+from training import calibration, metrics
+from training.artifact import ModelCard, forward, model_folder, save_model
+from training.configs import TransferConfig
+from training.dataset import Dataset, Selection, leaves
+from training.device import choose_device, count_workers
+from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.folds import run_folds
+from training.ingest import resolve_data
+from training.judgement import Judged, figures_of, write_transfer_report
+from training.lineage import own_images, seen_by
+from training.splits import Fold, cross_validation
+from training.tasks.finetune import Recipe
+from training.transform import Augmentation, evaluation_view
+from training.weights import Wanted, initial_weights
+
+
+def transfer(config: TransferConfig) -> dict[str, Any]:
+    """The RUN at `config.out` holds a cross-validated and refitted classifier; returns its summary.
+
+    Raises:
+        UsageError: a flag, the data or the first weights cannot be right.
+    """
+    device = choose_device(config.device)
+    if config.init not in {"imagenet", "none"} and Path(config.init).is_dir():
+        model_folder(config.init)  # not a RUN: said before anything is read
+    opened = OutDir.open(
+        config.out,
+        verb="transfer",
+        config=config.as_dict(),
+        identity=config.identity(),
+        raisable={},
+        overwrite=config.overwrite,
+    )
+    with opened as out:
+        if out.state == "done":
+            return out.summary()
+        dataset = resolve_data(config.data, out=config.out)
+        selection = dataset.select(config.where, labelled=True)
+        study = _Study(config, device, dataset, selection, out)
+        started = time.monotonic()
+        with session(cpus=cores() + 2, log=out.log) as found:
+            study.run(count_workers(config.workers, found, device))
+        summary = study.summary() | {"seconds": time.monotonic() - started}
+        out.finish(summary)
+        balanced = summary["metrics"]["balanced_accuracy"]
+        say(f"done: balanced accuracy {_interval(balanced)}, report in {out.path / 'report.html'}")
+        return summary
+
+
+def _interval(metric: Any) -> str:
+    from training.report import with_interval
+
+    return with_interval(metric["value"], metric["ci95"])
+
+
+class _Study:
+    """One transfer: its rows, its folds, and what becomes of them."""
+
+    def __init__(
+        self, config: TransferConfig, device: str, dataset: Dataset, selection: Selection, out: OutDir
+    ) -> None:
+        self.config, self.device, self.dataset, self.selection, self.out = config, device, dataset, selection, out
+        names = selection.column("label")
+        self.classes = leaves(names)
+        truth = np.asarray([self.classes.index(name) for name in names])
+        self.labels = Labels(truth, names, selection.column("group"), config.split)
+        self.folds = cross_validation(
+            names,
+            self.labels.groups,
+            folds=config.folds,
+            repeats=config.repeats,
+            split=config.split,
+            seed=config.seed,
+        )
+        self.wanted = Wanted(
+            init=config.init,
+            preset=config.preset,
+            model=config.model,
+            image_size=config.image_size,
+            seed=config.seed,
+            device=device,
+            channels=dataset.channels,
+            mean=tuple(dataset.info["mean"]),
+            std=tuple(dataset.info["std"]),
+            extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
+        )
+        self.initial = initial_weights(self.wanted)
+        self.pixels = dataset.pixels(selection)
+
+    def run(self, workers: int) -> None:
+        self._announce(workers)
+        if self.config.task == "finetune":
+            results, network, best = self._finetune(workers)
+            estimator = None
+        else:
+            results, network, estimator = self._frozen(workers)
+            best = 0
+        self.results = sorted(results, key=lambda r: (r.repeat, r.fold))
+        self.judged = self._judge()
+        self.best_epoch = best
+        self._write_model(network, estimator)
+        self._write_predictions()
+        figures_of(self.judged, self.out.path / "figures", self.results)
+        write_transfer_report(self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best)
+
+    def _announce(self, workers: int) -> None:
+        network = self.initial.architecture
+        say(
+            f"{self.config.task}: {len(self.selection):,} labelled images, {len(set(self.labels.groups)):,} groups, "
+            f"{len(self.classes)} classes; {self.config.repeats} x {self.config.folds} folds by {self.config.split}, "
+            f"{workers} at a time"
+        )
+        digest = self.initial.provenance.get("sha256", "")
+        say(
+            f"initial weights: {self.config.init}{f' (sha256 {digest})' if digest else ''}; "
+            f"{network.name} at {network.height}x{network.width}, {network.channels} channels, on {self.device}"
+        )
+
+    def _recipe(self, workers: int) -> Recipe:
+        config = self.config
+        return Recipe(
+            wanted=self.wanted,
+            classes=len(self.classes),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            label_smoothing=config.label_smoothing,
+            augmentation=Augmentation(config.min_crop, config.flip, config.turns, config.jitter),
+            seed=config.seed,
+            device=self.device,
+            threads=max(1, cores() // workers),
+        )
+
+    def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, int]:
+        shared = (self._recipe(workers), self.pixels, self.labels)
+        results = self._each_fold(finetune_fold, shared, workers)
+        best = int(np.median([r.best_epoch for r in results]))
+        say(f"refitting on all {len(self.selection):,} images for {best} epochs, the median of the folds")
+        alone = (self._recipe(1), self.pixels, self.labels)
+        (state,) = run_folds(refit_network, alone, [(best,)], workers=1, gpu=self.device == "cuda")
+        network = self.initial.architecture.build(len(self.classes))
+        network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+        return results, network, best
+
+    def _frozen(self, workers: int) -> tuple[list[FoldResult], nn.Module, Any]:
+        features = self._features()
+        task, count, seed = self.config.task, len(self.classes), self.config.seed
+        results = self._each_fold(frozen_fold, (task, features, self.labels, count, seed), workers)
+        everything = np.arange(len(self.labels.truth))
+        return results, self.initial.network, fit_frozen(task, features, self.labels, everything, count, seed)
+
+    def _features(self) -> np.ndarray:
+        """Features of all labelled rows under the initial network, kept for an interrupted run."""
+        cache = self.out.path / "features.safetensors"
+        if not cache.exists():
+            torch.set_num_threads(cores())
+            network, parts = self.initial.network.eval().to(self.device), []
+            with torch.inference_mode(), progress("features", len(self.pixels), "images") as bar:
+                for at in range(0, len(self.pixels), 64):
+                    images = evaluation_view(self.pixels[at : at + 64], self.initial.input, self.device)
+                    parts.append(forward(network, images)[0].float().cpu().numpy())
+                    bar.advance(len(images))
+            network.cpu()
+            partial = cache.with_name(f".{cache.name}")
+            save_file({"features": np.concatenate(parts)}, partial)
+            storage.publish_file(partial, cache)
+        return np.asarray(load_file(cache)["features"])
+
+    def _each_fold(self, fit: Any, shared: tuple[Any, ...], workers: int) -> list[FoldResult]:
+        """Results of all folds; those finished before an interruption are read, not computed again."""
+        folder = self.out.path / "folds"
+        folder.mkdir(exist_ok=True)
+        done = [r for f in self.folds if (r := _load_fold(folder, f)) is not None]
+        known = {(r.repeat, r.fold) for r in done}
+        missing = [(f,) for f in self.folds if (f.repeat, f.fold) not in known]
+        with progress(self.config.task, len(self.folds), "folds", done=len(done)) as bar:
+            for result in run_folds(fit, shared, missing, workers=workers, gpu=self.device == "cuda"):
+                _save_fold(folder, result)
+                done.append(result)
+                bar.advance(1)
+        return done
+
+    def _judge(self) -> Judged:
+        """Out-of-fold predictions, each fold calibrated by the temperature of the other folds."""
+        rows = np.concatenate([r.test for r in self.results])
+        fold = np.concatenate([np.full(len(r.test), r.fold) for r in self.results])
+        repeat = np.concatenate([np.full(len(r.test), r.repeat) for r in self.results])
+        raw = np.concatenate([r.probabilities for r in self.results])
+        truth = self.labels.truth[rows]
+        calibrated = np.empty_like(raw)
+        for number in np.unique(fold):
+            mine = fold == number
+            temperature = calibration.fit_temperature(np.log(np.maximum(raw[~mine], 1e-12)), truth[~mine])
+            calibrated[mine] = calibration.apply_temperature(raw[mine], temperature)
+        groups = [self.labels.groups[r] for r in rows]
+        summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed)
+        temperature = calibration.fit_temperature(np.log(np.maximum(raw, 1e-12)), truth)
+        return Judged(self.classes, rows, truth, calibrated, fold, repeat, dict(summary), temperature)
+
+    def _card(self) -> ModelCard:
+        return ModelCard(
+            architecture=self.initial.architecture,
+            image_path=self.dataset.image_path,
+            input=self.initial.input,
+            head="network" if self.config.task == "finetune" else "estimator",
+            classes=tuple(self.classes),
+            temperature=self.judged.temperature,
+            metrics={name: m["value"] for name, m in self.judged.metrics.items()},
+            lineage={
+                "verb": "transfer",
+                "task": self.config.task,
+                "dataset": self.dataset.version,
+                "initial": self.initial.provenance,
+                "config": self.config.identity(),
+            },
+        )
+
+    def _write_model(self, network: nn.Module, estimator: Any) -> None:
+        seen = own_images(self.selection) | seen_by(self.config.init)
+        files = [("head.skops", estimator.dumps())] if estimator is not None else []
+        save_model(self.out.path / "model", self._card(), network, seen=seen, files=files)
+
+    def _write_predictions(self) -> None:
+        write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "protocol": {
+                "split": self.config.split,
+                "folds": self.config.folds,
+                "repeats": self.config.repeats,
+                "groups": len(set(self.labels.groups)),
+            },
+            "images": len(self.selection),
+            "classes": self.classes,
+            "best_epoch": self.best_epoch,
+            "temperature": self.judged.temperature,
+            "metrics": self.judged.metrics,
+        }
+
+
+def write_predictions(path: Path, selection: Selection, judged: Judged) -> None:
+    """predictions.parquet: image_id, group, case, repeat, fold, truth, one probability per leaf."""
+    columns: dict[str, Any] = {name: selection.column(name) for name in ("image_id", "group", "case")}
+    table = pa.table(
+        {
+            **{name: [values[r] for r in judged.rows] for name, values in columns.items()},
+            "repeat": judged.repeat,
+            "fold": judged.fold,
+            "truth": [judged.classes[t] for t in judged.truth],
+            **{name: judged.probabilities[:, at] for at, name in enumerate(judged.classes)},
+        }
+    )
+    partial = path.with_name(f".{path.name}")
+    pq.write_table(table, partial)
+    storage.publish_file(partial, path)
+
+
+def _save_fold(folder: Path, result: FoldResult) -> None:
+    target = folder / f"repeat-{result.repeat}-fold-{result.fold}.safetensors"
+    partial = folder / f".{target.name}"
+    history = np.asarray([[row["epoch"], row["loss"], row.get("held_loss", np.nan)] for row in result.history])
+    tensors = {
+        "test": result.test.astype(np.int64),
+        "probabilities": result.probabilities,
+        "best_epoch": np.asarray([result.best_epoch]),
+        "history": history.reshape(-1, 3).astype(np.float64),
+    }
+    save_file(tensors, partial)
+    storage.publish_file(partial, target)
+
+
+def _load_fold(folder: Path, fold: Fold) -> FoldResult | None:
+    path = folder / f"repeat-{fold.repeat}-fold-{fold.fold}.safetensors"
+    if not path.exists():
+        return None
+    values = load_file(path)
+    if not np.array_equal(values["test"], fold.test):
+        raise UsageError(f"{path}: was computed for another split; use --overwrite or another --out")
+    history = [{"epoch": e, "loss": x, "held_loss": h} for e, x, h in values["history"].tolist()]
+    best = int(values["best_epoch"][0])
+    return FoldResult(fold.repeat, fold.fold, values["test"], values["probabilities"], best, history)
