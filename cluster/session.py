@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -132,11 +133,26 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
 def _join() -> None:
     import ray
 
+    address = os.environ["RAY_ADDRESS"]
+    _knock(address)
     try:
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ResourceError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: cannot join this cluster ({first})") from error
+        raise ResourceError(f"RAY_ADDRESS={address}: cannot join this cluster ({first[:200]})") from error
+
+
+def _knock(address: str) -> None:
+    """Ray tries for minutes to join what does not answer, and chatters; a refused connection is known at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({error}); start it, or unset RAY_ADDRESS to run locally"
+        ) from error
 
 
 def _start_local(cpus: int) -> str:
@@ -163,7 +179,10 @@ def _init_local(cpus: int, store: int) -> Any:
         logging_level=logging.ERROR,
         configure_logging=True,
         _temp_dir=os.environ.get("RAY_TMPDIR"),
-        _system_config={"health_check_timeout_ms": 60_000},  # two busy cores must not look like a dead node
+        _system_config={
+            "health_check_timeout_ms": 60_000,  # two busy cores must not look like a dead node
+            "worker_maximum_startup_concurrency": cpus,  # by default the real cores, with a warning beyond
+        },
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cluster.session import Resources  # before anything imports Ray: it sets what Ray reads at import
+from tests.runs import Pretrained
 
 ROOT = Path(__file__).parents[1]
 EXPECTED_SKIPS = ("no GPU", "no real images", "not on this system")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
@@ -44,5 +46,16 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_VERBS[name]), name)
-    globals()[name] = value  # a submodule of the same name must not shadow the function
+    globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """Importing `training.ingest` binds that module to `ingest` here; the function must win, whichever came first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _VERBS and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

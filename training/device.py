@@ -67,6 +67,20 @@ def count_workers(workers: str, found: Resources | None, device: str) -> int:
     return count
 
 
+def require_room(found: Resources, workers: int, device: str) -> None:
+    """There is a CPU for each worker (those with a GPU take none) and one for reading: else Ray Data waits forever.
+
+    Raises:
+        ResourceError: the running session has fewer.
+    """
+    needed = 1 + (workers if device != "cuda" else 0)
+    if found.cpus < needed:
+        raise ResourceError(
+            f"--workers {workers}: needs {needed} CPUs, one of them to read the data, but this Ray session has "
+            f"{found.cpus}; lower --workers or give Ray more CPUs"
+        )
+
+
 def threads_for(workers: int) -> int:
     """Torch threads of each of `workers` processes on this machine."""
     return max(1, cores() // workers)

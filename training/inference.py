@@ -19,7 +19,7 @@ from cluster.session import cores, session
 from training.artifact import Model, ModelCard, load_model, model_folder, read_card
 from training.configs import InferenceConfig
 from training.dataset import ROW_GROUP, Dataset, filter_rows
-from training.device import choose_device, count_workers
+from training.device import choose_device, count_workers, require_room
 from training.images import ImagePath, to_channels
 from training.ingest import read_row
 from training.sources import Listing, Reader, list_source
@@ -118,6 +118,7 @@ def _infer(config: InferenceConfig, card: ModelCard, *, embed: bool) -> dict[str
         started = time.monotonic()
         with session(cpus=cores() + 2) as found:
             workers = count_workers(config.workers, found, device) if config.workers != "auto" or device != "cpu" else 1
+            require_room(found, workers, device)
             values, reasons = _gather(config, card, listing, reader, stored, device, workers, embed)
         seconds = time.monotonic() - started
         pq.write_table(_table(listing, card, values, reasons, embed), out.tmp)

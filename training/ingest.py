@@ -152,7 +152,8 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
         if out.state == "done":
             return out.summary()
         started = time.monotonic()
-        results = _read_all(listing, path, out.path)
+        with session(cpus=cores() + 1, log=out.log):
+            results = read_all(listing, path, out.path / "shards")
         seconds = time.monotonic() - started
         summary = _write(config, path, listing, results, out.path)
         summary |= {"seconds": seconds, "images_per_second": len(listing.rows) / seconds}
@@ -161,11 +162,10 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
         return summary
 
 
-def _read_all(listing: Listing, path: ImagePath, out: Path) -> pa.Table:
-    """The results of all rows in listing order; the shards are written."""
+def read_all(listing: Listing, path: ImagePath, shards: Path) -> pa.Table:
+    """The results of all rows in listing order; their shards stand in `shards`. Ray must be up."""
     import ray
 
-    shards = out / "shards"
     shutil.rmtree(shards, ignore_errors=True)  # an interrupted ingest starts again
     shards.mkdir(parents=True)
     rows = listing.rows.select(["key", "frame"])
@@ -174,7 +174,7 @@ def _read_all(listing: Listing, path: ImagePath, out: Path) -> pa.Table:
     blocks = [rows.slice(at, PART_ROWS).combine_chunks() for at in range(0, rows.num_rows, PART_ROWS)]
     writer = PartWriter(listing.reader, path, str(shards.resolve()))
     found = []
-    with session(cpus=cores() + 1, log=out / "run.log"), progress("ingest", rows.num_rows, "images") as bar:
+    with progress("ingest", rows.num_rows, "images") as bar:
         data = ray.data.from_arrow(blocks).map_batches(
             writer, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
         )

@@ -102,13 +102,13 @@ def train(values: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     try:
-        _Rank(job, rank, world, ray.train.torch.get_device()).run()
+        Rank(job, rank, world, ray.train.torch.get_device()).run()
     except RayographError as error:
         if rank == 0:
             storage.write_json(Path(job.out) / FAILURE, {"kind": type(error).__name__, "message": str(error)})
 
 
-class _Rank:
+class Rank:
     """One process of the group, from its newest checkpoint to the last step."""
 
     def __init__(self, job: Job, rank: int, world: int, device: torch.device) -> None:
@@ -259,7 +259,7 @@ class _Rank:
 class _Log:
     """`metrics.jsonl` and TensorBoard, cut back to the checkpoint that the run resumes from."""
 
-    def __init__(self, rank: _Rank) -> None:
+    def __init__(self, rank: Rank) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = Path(rank.job.out) / "metrics.jsonl"

@@ -18,7 +18,7 @@ from training import checkpoint, figures, keyed
 from training.artifact import ModelCard, save_model
 from training.configs import PretrainConfig
 from training.dataset import Dataset, Selection
-from training.device import choose_device, count_workers, precision_of, threads_for
+from training.device import choose_device, count_workers, precision_of, require_room, threads_for
 from training.encoder import Architecture, architecture_for
 from training.feed import Source
 from training.ingest import resolve_data
@@ -59,6 +59,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         selection = dataset.select(config.where)
         with session(cpus=_logical_cpus(config, device), log=out.log) as found:
             workers = count_workers(config.workers, found, device)
+            require_room(found, workers, device)
             job = _job(config, out.path, dataset, selection, device, workers)
             learner = build(job)
             _announce(job, learner, workers, len(selection))

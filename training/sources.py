@@ -315,7 +315,7 @@ def _parquet_columns(source: str) -> dict[str, list[str]]:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(source)))
         plain = {n: c for n, c in zip(table.column_names, table.columns, strict=True) if not pa.types.is_nested(c.type)}
         return {n: [_plain(v) for v in c.to_pylist()] for n, c in plain.items()}
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{source}: not a readable Parquet manifest ({str(error).splitlines()[0]})") from error
 
 

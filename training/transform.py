@@ -59,7 +59,7 @@ class Input:
 
 def to_tensor(pixels: np.ndarray, channels: int, device: str | torch.device = "cpu") -> Tensor:
     """Stored pixels uint8 [B, H, W, 1|3] -> float [B, channels, H, W] in 0..1; a fresh tensor, never an alias."""
-    images = torch.as_tensor(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255)
+    images = torch.as_tensor(np.require(pixels, requirements="CW")).to(device).permute(0, 3, 1, 2).float().div_(255)
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -96,6 +96,8 @@ class Augmentation:
         area = self.min_crop + (1 - self.min_crop) * u[0]
         aspect = math.exp((2 * u[1] - 1) * math.log(4 / 3))
         height, width = min(1.0, math.sqrt(area / aspect)), min(1.0, math.sqrt(area * aspect))
+        if 1.0 in (height, width):  # a side was cut short: the other one keeps the promise
+            height, width = max(height, self.min_crop), max(width, self.min_crop)
         flip = -1.0 if self.flip and u[4] < 0.5 else 1.0
         turn = float(int(u[5] * 4)) if self.turns else 0.0
         gain, shift = 1 + self.jitter * (2 * u[6] - 1), self.jitter * (2 * u[7] - 1)

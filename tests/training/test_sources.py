@@ -293,6 +293,11 @@ def test_a_file_that_only_says_parquet_is_refused(tmp_path: Path) -> None:
     assert "not a readable Parquet manifest" in refused(tmp_path / "m.parquet")
 
 
+def test_text_of_a_parquet_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": pa.array([b"caf\xe9.png"]).view(pa.string())}), tmp_path / "m.parquet")
+    assert "not a readable Parquet manifest" in refused(tmp_path / "m.parquet")
+
+
 # .npz
 
 

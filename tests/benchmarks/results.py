@@ -1,0 +1,147 @@
+"""`make results`: every accuracy of README, as the commands a user would type. Resumable: finished runs are kept.
+
+Runs and their caches live in $RAYOGRAPH_RESULTS (default ~/.cache/rayograph/results); the real images are looked for in
+../shared/data beside the checkout, or in $RAYOGRAPH_DATA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("RAYOGRAPH_DATA", ROOT.parent / "shared" / "data"))
+CACHE = Path(os.environ.get("RAYOGRAPH_RESULTS", Path.home() / ".cache" / "rayograph" / "results"))
+EPOCHS = "12"
+METRICS = ("accuracy", "kappa", "balanced_accuracy", "auroc", "ece")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One data set: how it is ingested, pretrained on and transferred to."""
+
+    title: str
+    index: str
+    ingest: tuple[str, ...]
+    pretrain: tuple[str, ...]
+    transfer: tuple[str, ...]
+    imagenet: tuple[str, ...]
+    """Further flags where the first weights are ImageNet's: their network has a size of its own."""
+    yardsticks: tuple[tuple[str, str, str, str], ...]
+    """(name, accuracy, kappa, balanced accuracy) measured once, elsewhere, on the same copies."""
+
+
+STUDIES = {
+    "cervix": Study(
+        "Pap smear cells (Herlev, 7 classes, by slide; pretrained on Herlev + CRIC)",
+        "cervix/index.csv",
+        ("--image-size", "128"),
+        ("--preset", "tiny", "--epochs", "100", "--workers", "2"),
+        ("--turns",),
+        (),
+        (
+            ("ImageNet, frozen, SVM, 224 px", "0.535", "0.442", "0.561"),
+            ("ImageNet, fine-tuned, 128 px", "0.586", "0.506", "0.636"),
+        ),
+    ),
+    "oct": Study(
+        "Retina OCT (healthy / npdr / pdr, by patient; pretrained on all OCT)",
+        "retina/index.csv",
+        ("--image-size", "80x192"),
+        ("--preset", "tiny", "--image-size", "60x144", "--epochs", "200", "--workers", "2", "--where", "modality=oct"),
+        ("--where", "modality=oct", "--image-size", "60x144"),
+        ("--image-size", "80x192"),
+        (
+            ("ImageNet, frozen, SVM, 224 px", "0.745", "0.422", "0.487"),
+            ("ImageNet, fine-tuned, 128 px", "0.793", "0.589", "0.660"),
+        ),
+    ),
+}
+TASKS = (("finetune", ("--epochs", EPOCHS)), ("linear", ()), ("svm", ()))
+
+
+def run(arguments: list[str]) -> float:
+    """One command of the command line; a finished one answers at once. Returns seconds."""
+    print(f"$ rayograph {shlex.join(arguments)}", flush=True)
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "cluster.cli", *arguments], check=True, cwd=ROOT)
+    return time.monotonic() - began
+
+
+def transfers(name: str) -> list[tuple[str, str, Path, list[str]]]:
+    """(initial weights, task, folder, command) of each transfer of a study."""
+    study, found = STUDIES[name], []
+    for task, flags in TASKS:
+        for label, init in (("SSL", str(CACHE / f"{name}-mae")), ("ImageNet", "imagenet"), ("none", "none")):
+            if label == "none" and task != "finetune":
+                continue
+            out = CACHE / f"{name}-{task}-{label.lower()}"
+            size = study.imagenet if label == "ImageNet" else ()
+            command = ["transfer", "--data", str(CACHE / name), "--out", str(out), "--init", init, "--task", task]
+            found.append((label, task, out, [*command, *flags, *study.transfer, *size]))
+    return found
+
+
+def compute(name: str) -> None:
+    study = STUDIES[name]
+    data = str(CACHE / name)
+    run(["ingest", str(DATA / study.index), "--out", data, *study.ingest])
+    run(["pretrain", "--data", data, "--out", str(CACHE / f"{name}-mae"), *study.pretrain])
+    for _, _, _, command in transfers(name):
+        run(command)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def table(name: str) -> str:
+    """The study as Markdown, with what is finished so far."""
+    study = STUDIES[name]
+    lines = [f"**{study.title}**", "", "| first weights | task | " + " | ".join(METRICS) + " |", "|---" * 7 + "|"]
+    for label, task, folder, _ in transfers(name):
+        if not (folder / "summary.json").exists():
+            continue
+        values = summary(folder)
+        cells = []
+        for metric in METRICS:
+            found = values["metrics"][metric]
+            low, high = found["ci95"]
+            cells.append(f"{found['value']:.3f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {label} | {task} | " + " | ".join(cells) + " |")
+    for title, accuracy, kappa, balanced in study.yardsticks:
+        lines.append(f"| *yardstick: {title}* | | {accuracy} | {kappa} | {balanced} | | |")
+    pretrained = CACHE / f"{name}-mae"
+    if (pretrained / "summary.json").exists():
+        values = summary(pretrained)
+        lines += [
+            "",
+            f"Pretraining: {values['epochs']} epochs, {values['samples_seen']:,} images, "
+            f"{values['images_per_second']:.0f} images/s, loss {values['final_loss']:.3f}.",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if not DATA.is_dir():
+        print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
+        return 2
+    CACHE.mkdir(parents=True, exist_ok=True)
+    wanted = [a for a in sys.argv[1:] if a in STUDIES] or list(STUDIES)
+    if "--table" not in sys.argv:
+        for name in wanted:
+            compute(name)
+    for name in wanted:
+        print("\n" + table(name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

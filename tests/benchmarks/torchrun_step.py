@@ -1,0 +1,58 @@
+"""The peer of `bench fed`: the very step of training.loop under torchrun, fed with tensors that lie in memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from training.configs import PretrainConfig
+from training.dataset import Dataset
+from training.feed import Batch, Source
+from training.loop import Job, Rank
+from training.plan import rank_slice
+from training.weights import Wanted
+
+STEPS = 80
+
+
+def main(data: str, result: str) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = PretrainConfig(data, out=tempfile.mkdtemp(), epochs=4, batch_size=64, workers="2", preset="tiny")
+    dataset = Dataset.open(data)
+    selection = dataset.select()
+    plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
+    wanted = Wanted(
+        init="none",
+        preset="tiny",
+        model=None,
+        image_size="auto",
+        seed=config.seed,
+        device="cpu",
+        channels=dataset.channels,
+        mean=tuple(dataset.info["mean"]),
+        std=tuple(dataset.info["std"]),
+    )
+    job = Job(config, config.out, Source(data, (), False, plan), wanted, "fp32", 1, 2)
+    trainer = Rank(job, rank, world, torch.device("cpu"))
+    low, high = rank_slice(config.batch_size, rank, world)
+    images = dataset.pixels(selection.take(np.arange(low, high)))
+    rows = []
+    for number in range(STEPS):
+        epoch, within = divmod(number, plan.batches)
+        positions = within * config.batch_size + np.arange(low, high)
+        batch = Batch(epoch, within, config.batch_size, positions, positions, images, 0.0, frozenset())
+        rows.append(trainer.step(batch))
+    if rank == 0:
+        Path(result).write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,149 @@
+"""What the end-to-end tests share: small runs, what they leave behind, and `rayograph` processes to stop and kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from training.configs import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+START_S = 120
+"""How long anything may take that starts Ray, on a machine that is busy with something else."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A finished RUN of `pretrain`: its config, folder and summary, and what it printed."""
+
+    config: PretrainConfig
+    run: Path
+    summary: dict[str, Any]
+    printed: str
+
+
+def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
+    """175 steps of a tiny ViT on 32 px in a few seconds; the last batch of each epoch is short."""
+    config = PretrainConfig(
+        str(data),
+        out=str(out),
+        model="test_vit",
+        image_size="32",
+        epochs=25,
+        batch_size=32,
+        workers="2",
+        checkpoint_s=0.2,
+    )
+    return replace(config, **changes)
+
+
+def rows_of(run: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of `metrics.jsonl`; none where there is no such file yet."""
+    path = Path(run) / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def steps_of(run: str | Path) -> list[dict[str, Any]]:
+    return [row for row in rows_of(run) if "step" in row]
+
+
+def losses_of(run: str | Path) -> list[float]:
+    """The loss of every step, each of which is there once and in order."""
+    steps = steps_of(run)
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    return [row["loss"] for row in steps]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Polls until `condition` holds; returns the seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, f"after {timeout_s} s still not: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def under_way(run: str | Path, steps: int) -> bool:
+    """Whether a run has done that many steps and left a checkpoint."""
+    return len(steps_of(run)) >= steps and any((Path(run) / "checkpoints").glob("step-*"))
+
+
+@dataclass(frozen=True)
+class Process:
+    """A `rayograph` process that leads a session of its own, so that all it starts can be found."""
+
+    popen: subprocess.Popen[str]
+    stderr: Path
+
+    def family(self) -> set[int]:
+        """The living processes of its session, itself included."""
+        return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _session(pid) == self.popen.pid}
+
+    def signal(self, kind: signal.Signals) -> None:
+        self.popen.send_signal(kind)
+
+    def kill_group(self) -> None:
+        """kill -9 for the driver and whatever shares its process group."""
+        os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait(30)
+        wait_until(lambda: not self.family(), 60, "Ray's processes have noticed that their driver is gone")
+
+    def wait(self, timeout_s: float = 300) -> int:
+        return self.popen.wait(timeout_s)
+
+    def said(self) -> str:
+        return self.stderr.read_text(encoding="utf-8")
+
+
+def _session(pid: int) -> int:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return -1
+    return -1 if state[0] == "Z" else int(state[3])
+
+
+@contextlib.contextmanager
+def rayograph(*arguments: str) -> Iterator[Process]:
+    """A started `rayograph` with a Ray folder of its own; nothing of it is left after the block."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray puts sockets below it
+    stderr = folder / "stderr"
+    with stderr.open("w") as sink:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", *arguments],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=sink,
+            text=True,
+            start_new_session=True,
+        )
+    process = Process(popen, stderr)
+    try:
+        yield process
+    finally:
+        for pid in process.family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        popen.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flags(config: PretrainConfig) -> list[str]:
+    """The command line that means `config`, written out by hand from its fields."""
+    given = config.as_dict()
+    chosen = ("out", "model", "image_size", "epochs", "batch_size", "workers", "checkpoint_s")
+    pairs = [(f"--{name.replace('_', '-')}", str(given[name])) for name in chosen]
+    return ["pretrain", "--data", config.data, *(part for pair in pairs for part in pair)]

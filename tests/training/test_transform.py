@@ -1,0 +1,193 @@
+"""From stored pixels to a network's input: the evaluation view by hand, and random views that are what they claim."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.hostile import picture
+from training.transform import Augmentation, Input, evaluation_view, sample_draws, to_tensor, training_view
+
+COLOUR = Input(24, 24, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+GREY = Input(24, 24, 1, (0.3,), (0.2,))
+WHOLE = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+"""The draw that changes nothing: height, width, y, x, flip, turn, gain, shift."""
+
+
+def stored(count: int = 2, height: int = 24, width: int = 24) -> np.ndarray:
+    return np.stack([picture(height, width, seed) for seed in range(count)])
+
+
+def draw(**changes: float) -> list[float]:
+    names = ["height", "width", "y", "x", "flip", "turn", "gain", "shift"]
+    values = dict(zip(names, WHOLE, strict=True)) | changes
+    return [values[name] for name in names]
+
+
+def view(pixels: np.ndarray, wanted: Input, **changes: float) -> np.ndarray:
+    return np.asarray(training_view(pixels, wanted, np.asarray([draw(**changes)] * len(pixels))))
+
+
+def normalised(pixels: np.ndarray, wanted: Input) -> np.ndarray:
+    """float64 [B, C, H, W] by the definition."""
+    values = (pixels.astype(np.float64) / 255 - np.asarray(wanted.mean)) / np.asarray(wanted.std)
+    return values.transpose(0, 3, 1, 2)
+
+
+def test_the_evaluation_view_of_the_right_size_only_normalises() -> None:
+    assert np.allclose(evaluation_view(stored(), COLOUR), normalised(stored(), COLOUR), atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 64), (16, 20), (24, 40)])
+def test_the_evaluation_view_of_another_size_is_pillow_s_antialiased_bicubic(height: int, width: int) -> None:
+    pixels = stored(2, height, width)
+    found = evaluation_view(pixels, Input(24, 24, 3, (0.0,) * 3, (1.0,) * 3)).numpy()
+    by_pillow = np.stack([np.asarray(Image.fromarray(p).resize((24, 24), Image.Resampling.BICUBIC)) for p in pixels])
+    off = np.abs(found * 255 - by_pillow.transpose(0, 3, 1, 2))
+    assert off.max() < 3 and off.mean() < 0.5
+    assert found.min() >= 0 and found.max() <= 1
+
+
+def test_a_non_square_input_is_height_by_width() -> None:
+    wanted = Input(16, 32, 3, (0.5,) * 3, (0.5,) * 3)
+    assert evaluation_view(stored(), wanted).shape == (2, 3, 16, 32)
+    assert view(stored(), wanted).shape == (2, 3, 16, 32)
+
+
+def test_grey_is_repeated_and_colour_is_weighed_by_luma() -> None:
+    colour, grey = stored(), stored()[..., :1]
+    three = to_tensor(grey, 3).numpy()
+    assert np.allclose(three, np.repeat(grey.transpose(0, 3, 1, 2) / 255, 3, axis=1), atol=1e-6)
+    one = to_tensor(colour, 1).numpy()[:, 0]
+    assert np.allclose(one, (colour / 255) @ np.asarray([0.299, 0.587, 0.114]), atol=1e-6)
+    assert evaluation_view(colour, GREY).shape == view(colour, GREY).shape == (2, 1, 24, 24)
+    assert evaluation_view(grey, COLOUR).shape == view(grey, COLOUR).shape == (2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_input_is_neither_changed_nor_aliased_and_may_be_read_only(channels: int) -> None:
+    pixels = stored()[..., :channels].copy()
+    before = pixels.copy()
+    pixels.flags.writeable = False
+    for wanted in (COLOUR, GREY):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            views = [
+                evaluation_view(pixels, wanted),
+                training_view(pixels, wanted, np.asarray([draw(gain=1.5, shift=0.3)] * 2)),
+                training_view(pixels, wanted, np.asarray([WHOLE] * 2)),
+            ]
+        for made in views:
+            made.add_(100)
+    assert np.array_equal(pixels, before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (30, 34)])
+def test_the_draw_that_changes_nothing_gives_about_the_evaluation_view(height: int, width: int) -> None:
+    pixels = stored(2, height, width)
+    off = np.abs(view(pixels, COLOUR) - evaluation_view(pixels, COLOUR).numpy())
+    if (height, width) == (24, 24):
+        assert off.max() < 1e-4
+    assert off.mean() < 0.05
+
+
+def test_mirroring_is_numpy_s() -> None:
+    expected = normalised(stored()[:, :, ::-1], COLOUR)
+    assert np.allclose(view(stored(), COLOUR, flip=-1), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+@pytest.mark.parametrize("flip", [1, -1])
+def test_quarter_turns_are_numpy_s_and_mirroring_comes_after(turn: int, flip: int) -> None:
+    turned = np.rot90(stored(), turn, axes=(1, 2))[:, :, ::flip]
+    assert np.allclose(view(stored(), COLOUR, turn=turn, flip=flip), normalised(turned, COLOUR), atol=1e-3)
+
+
+def test_a_crop_is_the_part_of_the_image_that_its_draw_names() -> None:
+    pixels = stored(1, 48, 48)
+    wanted = Input(24, 24, 3, (0.0,) * 3, (1.0,) * 3)
+    # the lower left quarter: centre (y, x) = (+0.5, -0.5); 48 px are reduced to 36 first, the quarter is 18 of them
+    found = view(pixels, wanted, height=0.5, width=0.5, y=0.5, x=-0.5)
+    by_pillow = Image.fromarray(pixels[0, 24:, :24]).resize((24, 24), Image.Resampling.BILINEAR)
+    assert np.abs(found[0].transpose(1, 2, 0) * 255 - np.asarray(by_pillow)).mean() < 4
+    other = Image.fromarray(pixels[0, :24, 24:]).resize((24, 24), Image.Resampling.BILINEAR)
+    assert np.abs(found[0].transpose(1, 2, 0) * 255 - np.asarray(other)).mean() > 15
+
+
+def test_gain_and_shift_change_contrast_and_brightness() -> None:
+    wanted = Input(24, 24, 3, (0.0,) * 3, (1.0,) * 3)
+    values = stored().transpose(0, 3, 1, 2) / 255
+    mean = values.mean(axis=(1, 2, 3), keepdims=True)
+    expected = np.clip((values - mean) * 1.2 + mean - 0.05, 0, 1)
+    assert np.allclose(view(stored(), wanted, gain=1.2, shift=-0.1), expected, atol=1e-4)
+
+
+def test_a_view_does_not_depend_on_the_other_images_of_its_batch() -> None:
+    pixels = stored(5)
+    augmentation = Augmentation(0.4, flip=True, turns=True, jitter=0.3)
+    draws, _ = sample_draws(augmentation, 0, "key", positions=np.arange(5))
+    together = training_view(pixels, COLOUR, draws)
+    for at in range(5):
+        assert torch.allclose(training_view(pixels[[at]], COLOUR, draws[[at]])[0], together[at], atol=1e-6)
+
+
+def test_restoring_undoes_normalising() -> None:
+    assert np.array_equal(COLOUR.restore(evaluation_view(stored(), COLOUR)), stored())
+
+
+def test_an_input_survives_its_dictionary() -> None:
+    assert Input.from_dict(COLOUR.as_dict()) == COLOUR
+
+
+Shares = st.floats(0.05, 1.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(Shares, st.integers(0, 2**32))
+def test_a_crop_lies_inside_and_keeps_at_least_the_share_asked_for(min_crop: float, seed: int) -> None:
+    height, width, y, x, *_ = Augmentation(min_crop).draw(np.random.default_rng(seed))
+    assert 0 < height <= 1 and 0 < width <= 1
+    assert height * width >= min_crop * (1 - 1e-9)
+    assert abs(y) + height <= 1 + 1e-9 and abs(x) + width <= 1 + 1e-9
+
+
+def test_what_is_switched_off_is_never_drawn_and_moves_no_other_number() -> None:
+    def drawn(**options: float) -> np.ndarray:
+        augmentation = Augmentation(0.4, **({"flip": False} | options))  # type: ignore[arg-type]
+        return np.stack([augmentation.draw(np.random.default_rng(seed)) for seed in range(200)])
+
+    plain = drawn()
+    assert (plain[:, 4:] == [1, 0, 1, 0]).all()
+    for options, columns in (({"flip": True}, [4]), ({"turns": True}, [5]), ({"jitter": 0.2}, [6, 7])):
+        changed = drawn(**options)
+        same = [at for at in range(8) if at not in columns]
+        assert np.array_equal(changed[:, same], plain[:, same])
+        assert (changed[:, columns] != plain[:, columns]).any()
+    everything = drawn(flip=True, turns=True, jitter=0.2)
+    assert set(everything[:, 4]) == {-1.0, 1.0} and set(everything[:, 5]) == {0.0, 1.0, 2.0, 3.0}
+    assert np.abs(everything[:, 6] - 1).max() <= 0.2 and np.abs(everything[:, 7]).max() <= 0.2
+    assert 70 < (everything[:, 4] == -1).sum() < 130
+
+
+def test_draws_are_keyed_by_position_alone() -> None:
+    augmentation = Augmentation(0.4)
+    order = np.asarray([7, 3, 900, 0])
+    draws, noise = sample_draws(augmentation, 6, 1, 2, positions=order)
+    assert (draws.shape, noise.shape, noise.dtype) == ((4, 8), (4, 6), np.float32)
+    for at, position in enumerate(order):
+        one, one_noise = sample_draws(augmentation, 6, 1, 2, positions=np.asarray([position]))
+        assert np.array_equal(one[0], draws[at]) and np.array_equal(one_noise[0], noise[at])
+    for other in ((1, 3), (2, 2)):
+        elsewhere, other_noise = sample_draws(augmentation, 6, *other, positions=order)
+        assert not np.isclose(elsewhere[:, 0], draws[:, 0]).any() and not np.isclose(other_noise, noise).any()
+
+
+def test_no_position_draws_nothing() -> None:
+    draws, noise = sample_draws(Augmentation(0.4), 6, 0, positions=np.empty(0, np.int64))
+    assert (draws.shape, noise.shape) == ((0, 8), (0, 6))
