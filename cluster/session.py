@@ -31,6 +31,11 @@ class Resources:
     local: bool
 
 
+def in_cluster() -> bool:
+    """Whether work goes to the cluster that `RAY_ADDRESS` names."""
+    return "RAY_ADDRESS" in os.environ
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -87,7 +92,7 @@ def resources() -> Resources:
 
     total = ray.cluster_resources()
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(nodes), "RAY_ADDRESS" not in os.environ)
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(nodes), not in_cluster())
 
 
 @contextlib.contextmanager
@@ -113,7 +118,7 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
     undo = _quiet(log)
     folder: str | None = None
     try:
-        if "RAY_ADDRESS" in os.environ:
+        if in_cluster():
             _join()
         else:
             folder = _start_local(max(cpus, cores()))

@@ -16,6 +16,7 @@ from cluster.errors import DataError, UsageError
 from cluster.session import Resources
 from tests.hostile import NON_UTF8, encoded, picture, write_hostile
 from tests.runs import START_S, rayograph, wait_until
+from training import phantom
 from training.configs import IngestConfig
 from training.dataset import Dataset
 from training.images import decode, to_channels
@@ -53,9 +54,15 @@ def write_index(folder: Path, files: Mapping[str, bytes], rows: list[str], heade
     return folder
 
 
+def scan(number: int) -> np.ndarray:
+    """uint8 [96, 96]: a slice of another patient for every `number`."""
+    firsts = {row.group: row.index for row in reversed(phantom.rows(200, 0))}
+    return phantom.render(sorted(firsts.values())[number], 200, 0, 96)
+
+
 def distinct(count: int) -> dict[str, bytes]:
     """PNG files that nobody could take for copies of each other."""
-    return {f"{seed}.png": encoded(picture(48, 48, seed=seed), "PNG") for seed in range(count)}
+    return {f"{number}.png": encoded(scan(number), "PNG") for number in range(count)}
 
 
 def shown(name: str) -> str:
@@ -144,9 +151,8 @@ def test_byte_identical_copies_weld_their_groups_and_conflicting_labels_are_drop
 
 def test_a_picture_encoded_again_welds_groups_and_different_pictures_do_not(tmp_path: Path) -> None:
     files = distinct(5)
-    again = Image.open(io.BytesIO(files["0.png"]))
-    files["0.jpg"] = encoded(again, "JPEG", quality=85)
-    files["0small.png"] = encoded(again.resize((40, 40), Image.Resampling.LANCZOS), "PNG")
+    files["0.jpg"] = encoded(scan(0), "JPEG", quality=75)
+    files["0small.png"] = encoded(Image.fromarray(scan(0)).resize((80, 80), Image.Resampling.LANCZOS), "PNG")
     rows = [f"{n}.png,a,p{n}" for n in range(5)] + ["0.jpg,a,q", "0small.png,a,r"]
     ingest(config(write_index(tmp_path / "in", files, rows), tmp_path / "out"))
     found = by_path(tmp_path / "out")
@@ -156,9 +162,7 @@ def test_a_picture_encoded_again_welds_groups_and_different_pictures_do_not(tmp_
 
 
 def test_copies_that_would_weld_much_of_the_data_into_one_group_stop_it(tmp_path: Path) -> None:
-    one = encoded(picture(48, 48), "PNG")
-    files = distinct(30) | {f"copy{n}.jpg": encoded(picture(48, 48), "JPEG", quality=60 + n) for n in range(30)}
-    assert files["0.png"] == one
+    files = distinct(30) | {f"copy{n}.jpg": encoded(scan(0), "JPEG", quality=60 + n) for n in range(30)}
     source = write_index(tmp_path / "in", files, [f"{name},a,{name}" for name in files])
     with pytest.raises(DataError, match="copies join 31 groups into one of 31 of 60 images"):
         ingest(config(source, tmp_path / "out"))
@@ -219,7 +223,7 @@ def test_extra_columns_and_ids_are_kept_and_the_same_source_gives_the_same_versi
     assert rows == twins
     assert [(row["case"], row["age"]) for row in rows] == [("c0", "00"), ("c1", "10"), ("c2", "20")]
     assert Dataset.open(tmp_path / "out").version == Dataset.open(tmp_path / "twin").version
-    (source / "0.png").write_bytes(encoded(picture(48, 48, seed=77), "PNG"))
+    (source / "0.png").write_bytes(encoded(scan(20), "PNG"))
     ingest(config(source, tmp_path / "changed"))
     assert Dataset.open(tmp_path / "changed").version != Dataset.open(tmp_path / "out").version
     assert [row["image_id"] for row in manifest(tmp_path / "changed")] == [row["image_id"] for row in rows]
@@ -258,13 +262,13 @@ def test_a_medmnist_file_has_a_row_per_image_and_its_pixels_untouched(tmp_path: 
 @pytest.mark.slow
 def test_an_ingest_killed_with_kill_9_is_taken_up_by_the_same_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with rayograph("ingest", "phantom:3000", "--out", str(out), "--image-size", "64") as process:
+    with rayograph("ingest", "phantom:2000", "--out", str(out), "--image-size", "32") as process:
         wait_until(lambda: any(out.glob("shards/part-*")), START_S, "a first shard is written")
         process.kill_group()
     assert not (out / "summary.json").exists()
     with pytest.raises(UsageError, match="not a DATASET"):
         Dataset.open(out)
-    summary = ingest(IngestConfig("phantom:3000", out=str(out), image_size="64"))
-    assert (summary["images"], summary["ok"]) == (3000, 3000)
+    summary = ingest(IngestConfig("phantom:2000", out=str(out), image_size="32"))
+    assert (summary["images"], summary["ok"]) == (2000, 2000)
     listed = {row["shard"] for row in manifest(out)}
     assert {p.name for p in (out / "shards").iterdir()} == listed

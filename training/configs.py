@@ -265,7 +265,7 @@ def parse_size(text: str, *, flag: str = "--image-size") -> tuple[int, int]:
         UsageError: not N or HxW, or a side outside 8..4096.
     """
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdigit() for p in parts):
+    if len(parts) > 2 or not all(p.isdecimal() for p in parts):
         raise UsageError(f"{flag} {text}: give N or HxW in pixels, such as 96 or 64x144")
     height, width = int(parts[0]), int(parts[-1])
     if not (8 <= height <= 4096 and 8 <= width <= 4096):

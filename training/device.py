@@ -45,6 +45,17 @@ def precision_of(precision: str, device: str) -> str:
     return ("bf16" if bf16_gains(device) else "fp32") if precision == "auto" else precision
 
 
+def device_in(device: str, found: Resources) -> str:
+    """The device of the session's workers: in a cluster `auto` is its GPUs, even where the driver's host has none.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
+    if not found.local and device in {"auto", "cuda"} and found.gpus:
+        return "cuda"
+    return choose_device(device)
+
+
 def count_workers(workers: str, found: Resources | None, device: str) -> int:
     """Workers that `--workers` means here.
 
@@ -56,14 +67,15 @@ def count_workers(workers: str, found: Resources | None, device: str) -> int:
         if device == "cuda":
             return max(1, found.gpus if found else 1)
         return min(2, cores())
-    if not workers.isdigit() or int(workers) < 1:
+    if not workers.isdecimal() or int(workers) < 1:
         raise UsageError(f"--workers {workers}: give a number from 1 on, or auto")
     count = int(workers)
     if device == "cuda" and found and count > found.gpus:
         raise ResourceError(f"--workers {count}: the cluster has {found.gpus} GPUs; ask for at most that many")
-    limit = cores() if found is None or found.local else found.cpus
+    # a cluster's CPUs are real, and Ray Data needs one of them; a local session's are logical
+    limit = cores() if found is None or found.local else found.cpus - 1
     if device != "cuda" and count > limit:
-        raise ResourceError(f"--workers {count}: only {limit} CPU cores are here; ask for at most that many")
+        raise ResourceError(f"--workers {count}: only {limit} CPU cores are here for them; ask for at most that many")
     return count
 
 

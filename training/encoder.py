@@ -156,9 +156,9 @@ def _torch_generator(seed: int, name: str) -> torch.Generator:
 def _fill(tensor: nn.Parameter, owner: nn.Module, key: str, generator: torch.Generator) -> None:
     if key == "pos_embed" and isinstance(owner, VisionTransformer):
         return
-    if key == "bias":
+    if key.endswith("bias"):  # also q_bias and v_bias
         tensor.zero_()
-    elif tensor.ndim == 1:
+    elif tensor.ndim == 1 or key == "gain":  # the gain of scaled convolutions has four dimensions
         tensor.fill_(1)
     elif isinstance(owner, nn.Conv2d) and owner.kernel_size == owner.stride and owner.kernel_size != (1, 1):
         bound = math.sqrt(6 / (tensor.shape[0] + tensor[0].numel()))  # patch embedding, as a linear layer

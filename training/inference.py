@@ -19,7 +19,7 @@ from cluster.session import cores, session
 from training.artifact import Model, ModelCard, load_model, model_folder, read_card
 from training.configs import InferenceConfig
 from training.dataset import ROW_GROUP, Dataset, filter_rows
-from training.device import choose_device, count_workers, require_room
+from training.device import count_workers, device_in, require_room
 from training.images import ImagePath, to_channels
 from training.ingest import read_row
 from training.sources import Listing, Reader, list_source
@@ -108,7 +108,6 @@ def embed(config: InferenceConfig) -> dict[str, Any]:
 
 
 def _infer(config: InferenceConfig, card: ModelCard, *, embed: bool) -> dict[str, Any]:
-    device = choose_device(config.device)
     verb = "embed" if embed else "predict"
     listing, reader, stored = _rows(config, card)
     identity = config.identity() | {"model_sha256": read_card(config.model)[1]["model.safetensors"]}
@@ -117,7 +116,9 @@ def _infer(config: InferenceConfig, card: ModelCard, *, embed: bool) -> dict[str
             return out.summary()
         started = time.monotonic()
         with session(cpus=cores() + 2) as found:
-            workers = count_workers(config.workers, found, device) if config.workers != "auto" or device != "cpu" else 1
+            device = device_in(config.device, found)
+            one = config.workers == "auto" and device != "cuda"  # it uses all cores
+            workers = 1 if one else count_workers(config.workers, found, device)
             require_room(found, workers, device)
             values, reasons = _gather(config, card, listing, reader, stored, device, workers, embed)
         seconds = time.monotonic() - started

@@ -22,6 +22,7 @@ from cluster.errors import DataError, RayographError
 from training import checkpoint
 from training.checkpoint import Position, State
 from training.configs import PretrainConfig
+from training.device import threads_for
 from training.encoder import PRESETS, choose_preset, seed_weights
 from training.feed import Batch, Feed, Source
 from training.methods import METHODS
@@ -42,7 +43,6 @@ class Job:
     source: Source
     wanted: Wanted
     precision: str
-    threads: int
     feed_tasks: int
 
     @property
@@ -102,7 +102,8 @@ def train(values: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     try:
-        Rank(job, rank, world, ray.train.torch.get_device()).run()
+        threads = threads_for(context.get_local_world_size())
+        Rank(job, rank, world, ray.train.torch.get_device(), threads).run()
     except RayographError as error:
         if rank == 0:
             storage.write_json(Path(job.out) / FAILURE, {"kind": type(error).__name__, "message": str(error)})
@@ -111,8 +112,8 @@ def train(values: dict[str, Any]) -> None:
 class Rank:
     """One process of the group, from its newest checkpoint to the last step."""
 
-    def __init__(self, job: Job, rank: int, world: int, device: torch.device) -> None:
-        torch.set_num_threads(job.threads)
+    def __init__(self, job: Job, rank: int, world: int, device: torch.device, threads: int) -> None:
+        torch.set_num_threads(threads)
         self.job, self.rank, self.world, self.device = job, rank, world, device
         self.config = job.config
         self.learner = build(job)

@@ -13,12 +13,12 @@ import torch
 from cluster.errors import RayographError, UsageError, nearest
 from cluster.outdir import OutDir
 from cluster.progress import say
-from cluster.session import session
+from cluster.session import cores, in_cluster, session
 from training import checkpoint, figures, keyed
 from training.artifact import ModelCard, save_model
 from training.configs import PretrainConfig
 from training.dataset import Dataset, Selection
-from training.device import choose_device, count_workers, precision_of, require_room, threads_for
+from training.device import choose_device, count_workers, device_in, precision_of, require_room
 from training.encoder import Architecture, architecture_for
 from training.feed import Source
 from training.ingest import resolve_data
@@ -28,6 +28,9 @@ from training.loop import FAILURE, STOP, Job, Learner, build
 from training.methods import METHODS
 from training.transform import evaluation_view
 from training.weights import Wanted
+
+MAX_FEED_TASKS = 8
+"""Reading tasks of one rank at the same time."""
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -40,8 +43,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     if config.method not in METHODS:
         raise UsageError(f"--method {config.method}: no such method.{nearest(config.method, METHODS)}")
-    device = choose_device(config.device)
-    _refuse_early(config, device)
+    _refuse_early(config)
     opened = OutDir.open(
         config.out,
         verb="pretrain",
@@ -57,10 +59,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             (out.path / name).unlink(missing_ok=True)
         dataset = resolve_data(config.data, out=config.out)
         selection = dataset.select(config.where)
-        with session(cpus=_logical_cpus(config, device), log=out.log) as found:
+        with session(cpus=1 + 3 * cores(), log=out.log) as found:
+            device = device_in(config.device, found)
             workers = count_workers(config.workers, found, device)
             require_room(found, workers, device)
-            job = _job(config, out.path, dataset, selection, device, workers)
+            # each worker reserves a CPU: without some for its feed, Ray Data would wait forever on a small machine
+            tasks = min(MAX_FEED_TASKS, max(1, (found.cpus - workers) // workers))
+            job = _job(config, out.path, dataset, selection, device, tasks)
             learner = build(job)
             _announce(job, learner, workers, len(selection))
             started = time.monotonic()
@@ -69,27 +74,25 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return _finish(out, job, learner, dataset, selection, workers, seconds)
 
 
-def _refuse_early(config: PretrainConfig, device: str) -> None:
-    """What can be refused before anything is read."""
-    count_workers(config.workers, None, device) if device == "cpu" else None
+def _refuse_early(config: PretrainConfig) -> None:
+    """What can be refused before anything is read, or Ray is up."""
     if config.init == "imagenet":
         raise UsageError(
             f"--init imagenet: a convolutional network, and --method {config.method} needs a ViT; "
             "use --init none, a RUN or timm:NAME of a ViT"
         )
+    if in_cluster():
+        return  # its devices are not known yet
+    device = choose_device(config.device)
+    if device == "cpu":
+        count_workers(config.workers, None, device)
     if config.init == "none":
         architecture_for(
             preset=config.preset, model=config.model, image_size=config.image_size, channels=3, device=device
         )
 
 
-def _logical_cpus(config: PretrainConfig, device: str) -> int:
-    """Each worker reserves one, and its feed needs some of its own: else Ray Data waits forever on a small machine."""
-    workers = count_workers(config.workers, None, device) if device == "cpu" else 1
-    return 1 + 3 * workers
-
-
-def _job(config: PretrainConfig, out: Path, dataset: Dataset, selection: Selection, device: str, workers: int) -> Job:
+def _job(config: PretrainConfig, out: Path, dataset: Dataset, selection: Selection, device: str, tasks: int) -> Job:
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
     wanted = Wanted(
         init=config.init,
@@ -108,8 +111,7 @@ def _job(config: PretrainConfig, out: Path, dataset: Dataset, selection: Selecti
         source=Source(str(dataset.path.resolve()), config.where, False, plan),
         wanted=wanted,
         precision=precision_of(config.precision, device),
-        threads=threads_for(workers) if device == "cpu" else threads_for(workers * 2),
-        feed_tasks=2,
+        feed_tasks=tasks,
     )
 
 

@@ -22,7 +22,7 @@ from training import calibration, metrics
 from training.artifact import ModelCard, forward, model_folder, save_model
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection, leaves
-from training.device import choose_device, count_workers
+from training.device import count_workers, device_in
 from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
 from training.folds import run_folds
 from training.ingest import resolve_data
@@ -40,7 +40,6 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     Raises:
         UsageError: a flag, the data or the first weights cannot be right.
     """
-    device = choose_device(config.device)
     if config.init not in {"imagenet", "none"} and Path(config.init).is_dir():
         model_folder(config.init)  # not a RUN: said before anything is read
     opened = OutDir.open(
@@ -56,10 +55,11 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
             return out.summary()
         dataset = resolve_data(config.data, out=config.out)
         selection = dataset.select(config.where, labelled=True)
-        study = _Study(config, device, dataset, selection, out)
+        study = _Study(config, dataset, selection, out)
         started = time.monotonic()
         with session(cpus=cores() + 2, log=out.log) as found:
-            study.run(count_workers(config.workers, found, device))
+            device = device_in(config.device, found)
+            study.run(device, count_workers(config.workers, found, device))
         summary = study.summary() | {"seconds": time.monotonic() - started}
         out.finish(summary)
         balanced = summary["metrics"]["balanced_accuracy"]
@@ -76,10 +76,8 @@ def _interval(metric: Any) -> str:
 class _Study:
     """One transfer: its rows, its folds, and what becomes of them."""
 
-    def __init__(
-        self, config: TransferConfig, device: str, dataset: Dataset, selection: Selection, out: OutDir
-    ) -> None:
-        self.config, self.device, self.dataset, self.selection, self.out = config, device, dataset, selection, out
+    def __init__(self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
+        self.config, self.dataset, self.selection, self.out = config, dataset, selection, out
         names = selection.column("label")
         self.classes = leaves(names)
         truth = np.asarray([self.classes.index(name) for name in names])
@@ -92,22 +90,9 @@ class _Study:
             split=config.split,
             seed=config.seed,
         )
-        self.wanted = Wanted(
-            init=config.init,
-            preset=config.preset,
-            model=config.model,
-            image_size=config.image_size,
-            seed=config.seed,
-            device=device,
-            channels=dataset.channels,
-            mean=tuple(dataset.info["mean"]),
-            std=tuple(dataset.info["std"]),
-            extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
-        )
-        self.initial = initial_weights(self.wanted)
-        self.pixels = dataset.pixels(selection)
 
-    def run(self, workers: int) -> None:
+    def run(self, device: str, workers: int) -> None:
+        self._prepare(device)
         self._announce(workers)
         if self.config.task == "finetune":
             results, network, best = self._finetune(workers)
@@ -122,6 +107,25 @@ class _Study:
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
         write_transfer_report(self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best)
+
+    def _prepare(self, device: str) -> None:
+        """First weights and pixels, for the device that the session offers."""
+        config, dataset = self.config, self.dataset
+        self.device = device
+        self.wanted = Wanted(
+            init=config.init,
+            preset=config.preset,
+            model=config.model,
+            image_size=config.image_size,
+            seed=config.seed,
+            device=device,
+            channels=dataset.channels,
+            mean=tuple(dataset.info["mean"]),
+            std=tuple(dataset.info["std"]),
+            extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
+        )
+        self.initial = initial_weights(self.wanted)
+        self.pixels = dataset.pixels(self.selection)
 
     def _announce(self, workers: int) -> None:
         network = self.initial.architecture

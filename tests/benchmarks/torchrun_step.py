@@ -39,8 +39,8 @@ def main(data: str, result: str) -> None:
         mean=tuple(dataset.info["mean"]),
         std=tuple(dataset.info["std"]),
     )
-    job = Job(config, config.out, Source(data, (), False, plan), wanted, "fp32", 1, 2)
-    trainer = Rank(job, rank, world, torch.device("cpu"))
+    job = Job(config, config.out, Source(data, (), False, plan), wanted, "fp32", 2)
+    trainer = Rank(job, rank, world, torch.device("cpu"), 1)
     low, high = rank_slice(config.batch_size, rank, world)
     images = dataset.pixels(selection.take(np.arange(low, high)))
     rows = []

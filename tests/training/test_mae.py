@@ -63,13 +63,9 @@ def loss_by_hand(module: MAE, image: Tensor, scores: list[float], columns: int, 
     width = encoder.embed_dim
 
     def position(number: int, dim: int) -> Tensor:
-        """Half of the channels code the row, half the column, as sines and then cosines."""
-        row, column = divmod(number, columns)
-        parts = []
-        for place in (row, column):
-            angles = [place / 10000 ** (k / (dim / 4)) for k in range(dim // 4)]
-            parts += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        return torch.tensor(parts, dtype=torch.float32)
+        """Appendix A.1 up to the order of the channels: sines of row and column, then their cosines."""
+        angles = [place / 10000 ** (k / (dim / 4)) for place in divmod(number, columns) for k in range(dim // 4)]
+        return torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=torch.float32)
 
     tokens = [encoder.cls_token[0, 0]]  # its position is zero
     for number in visible:
@@ -126,7 +122,10 @@ def test_with_nothing_hidden_the_encoder_is_timm_s_own_forward_pass(name: str) -
     assert torch.allclose(found, encoder.forward_features(images()), atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"class_token": False}, {"no_embed_class": True}, {"pre_norm": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"class_token": False}, {"no_embed_class": True}, {"pre_norm": True}, {"embed_norm_layer": nn.LayerNorm}],
+)
 @torch.no_grad()
 def test_variants_of_the_plain_vit_are_encoded_as_timm_encodes_them(options: dict[str, Any]) -> None:
     encoder = timm.create_model(
@@ -151,7 +150,7 @@ def test_the_order_in_which_patches_are_named_is_the_order_of_the_tokens() -> No
 def test_a_visible_patch_is_embedded_as_timm_embeds_it() -> None:
     encoder: Any = tiny()
     module = mae(encoder)
-    by_timm = encoder.patch_embed(images())
+    by_timm = encoder.patch_embed(images()).flatten(1, 2)
     proj = encoder.patch_embed.proj
     ours = module.patchify(images()) @ proj.weight.flatten(1).T + proj.bias
     assert torch.allclose(ours, by_timm, atol=1e-5)
@@ -216,8 +215,8 @@ def test_every_trainable_parameter_gets_a_gradient_and_positions_stay_fixed() ->
 
 
 def test_the_loss_falls_on_a_few_images_and_training_is_deterministic() -> None:
-    rows = torch.linspace(0, 6, SIZE)
-    shown = torch.stack([torch.sin(rows[:, None] * (1 + k / 4) + rows[None] + k) for k in range(8)])[:, None]
+    level = torch.linspace(-1.5, 1.5, 8)[:, None, None, None]  # what is visible tells what is hidden
+    shown = level + torch.linspace(-1, 1, SIZE)[:, None].expand(8, 1, SIZE, SIZE)
 
     def losses() -> list[float]:
         module = mae(tiny(channels=1), norm_pix=False)
@@ -232,7 +231,7 @@ def test_the_loss_falls_on_a_few_images_and_training_is_deterministic() -> None:
         return found
 
     first = losses()
-    assert np.mean(first[-5:]) < 0.5 * np.mean(first[:3])
+    assert np.mean(first[-5:]) < 0.3 * float(shown.var())  # the best constant reaches the variance
     assert losses() == first
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class MAE(nn.Module):
         self, encoder: nn.Module, *, decoder_width: int, decoder_depth: int, mask_ratio: float, norm_pix: bool
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, VisionTransformer) or encoder.pos_embed is None or encoder.num_reg_tokens:
+        if not _plain(encoder):
             raise UsageError("--method mae needs a plain ViT: it feeds the encoder visible patches only")
         self.encoder = encoder
         self.patch = int(encoder.patch_embed.patch_size[0])
@@ -94,7 +95,7 @@ class MAE(nn.Module):
         encoder = self.encoder
         proj = encoder.patch_embed.proj
         prefix = encoder.num_prefix_tokens
-        tokens = F.linear(_pick(pixels, visible), proj.weight.flatten(1), proj.bias)
+        tokens = encoder.patch_embed.norm(F.linear(_pick(pixels, visible), proj.weight.flatten(1), proj.bias))
         positions: Any = encoder.pos_embed
         tokens = (
             tokens + positions[0, prefix:][visible] if not encoder.no_embed_class else tokens + positions[0][visible]
@@ -137,6 +138,16 @@ class MAE(nn.Module):
         index = hidden[..., None].expand(-1, -1, pixels.shape[2])
         masked = pixels.scatter(1, index, torch.zeros_like(predicted))
         return self.unpatchify(masked), self.unpatchify(pixels.scatter(1, index, predicted))
+
+
+def _plain(encoder: Any) -> bool:
+    """Whether it is a ViT of patches with positions and at most a class token; timm's subclasses and hybrids are not."""
+    return (
+        type(encoder) is VisionTransformer
+        and isinstance(encoder.patch_embed, PatchEmbed)
+        and encoder.pos_embed is not None
+        and not encoder.num_reg_tokens
+    )
 
 
 def _pick(tokens: Tensor, index: Tensor) -> Tensor:

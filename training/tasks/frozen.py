@@ -17,7 +17,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 
@@ -38,10 +38,18 @@ class Frozen:
     classes: int
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """float64 [N, K]; a class that was absent in training gets 0."""
+        """float64 [N, K]; a class that was absent in training gets 0.
+
+        Nearest neighbours share one pseudo-neighbour among the classes (Laplace): a class that none of them has is
+        rare, not impossible, and a temperature could not mend a zero.
+        """
         estimator: Any = self.estimator
+        found = estimator.predict_proba(features)
+        last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
+        if isinstance(last, KNeighborsClassifier):
+            found = (found * last.n_neighbors + 1 / found.shape[1]) / (last.n_neighbors + 1)
         out = np.zeros((len(features), self.classes))
-        out[:, estimator.classes_] = estimator.predict_proba(features)
+        out[:, estimator.classes_] = found
         return out
 
     def dumps(self) -> bytes:

@@ -1,0 +1,259 @@
+"""`pretrain` on Ray: the order of samples, the loss of every step, and what stopping, killing and resuming leave of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.session import Resources
+from tests.runs import (
+    START_S,
+    Pretrained,
+    flags,
+    losses_of,
+    pretrain_config,
+    rayograph,
+    rows_of,
+    steps_of,
+    under_way,
+    wait_until,
+)
+from training.dataset import Dataset
+from training.feed import Batch, Feed, Source
+from training.plan import Plan
+from training.pretrain import pretrain
+
+pytestmark = pytest.mark.ray
+
+IMAGES, BATCH = 200, 32
+STEPS = math.ceil(IMAGES / BATCH)
+ONE_ROW = ("path=phantom/000003.png",)
+
+
+# The feed, driven from this process
+
+
+def source_of(data: Path, *, batch_size: int = BATCH, where: tuple[str, ...] = ()) -> Source:
+    dataset = Dataset.open(data)
+    return Source(
+        str(data), where, False, dataset.plan(dataset.select(where), batch_size=batch_size, seed=3)
+    )
+
+
+def batches(source: Source, rank: int, world: int, *, start: tuple[int, int] = (0, 0), epochs: int = 2) -> list[Batch]:
+    return list(Feed(source, rank=rank, world=world, start=start, epochs=epochs))
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return (one.epoch, one.number, one.rows) == (other.epoch, other.number, other.rows) and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("positions", "samples", "images")
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(phantoms: Path) -> list[Batch]:
+    """Two epochs as a single rank gets them."""
+    return batches(source_of(phantoms), 0, 1)
+
+
+def test_every_epoch_holds_every_image_once_with_its_own_pixels(phantoms: Path, whole: list[Batch]) -> None:
+    assert [(b.epoch, b.number) for b in whole] == list(itertools.product(range(2), range(STEPS)))
+    assert [b.rows for b in whole] == 2 * ([BATCH] * (IMAGES // BATCH) + [IMAGES % BATCH])
+    dataset = Dataset.open(phantoms)
+    pixels = dataset.pixels(dataset.select())
+    for epoch in range(2):
+        own = [b for b in whole if b.epoch == epoch]
+        order = np.concatenate([b.samples for b in own])
+        assert sorted(order) == list(range(IMAGES))
+        assert list(np.concatenate([b.positions for b in own])) == list(range(IMAGES))
+        np.testing.assert_array_equal(np.concatenate([b.images for b in own]), pixels[order])
+    first, second = (np.concatenate([b.samples for b in whole if b.epoch == e]) for e in range(2))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, np.arange(IMAGES))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_shares_the_batches_of_one_in_order(
+    phantoms: Path, whole: list[Batch], world: int
+) -> None:
+    ranks = [batches(source_of(phantoms), rank, world) for rank in range(world)]
+    for number, alone in enumerate(whole):
+        parts = [rank[number] for rank in ranks]
+        assert {(p.epoch, p.number, p.rows) for p in parts} == {(alone.epoch, alone.number, alone.rows)}
+        for name in ("positions", "samples", "images"):
+            np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(alone, name))
+        assert max(len(p.samples) for p in parts) - min(len(p.samples) for p in parts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("world", "start"), [(1, (0, 1)), (1, (1, 4)), (2, (0, 3)), (2, (1, STEPS - 1)), (3, (1, 0)), (3, (0, 5))]
+)
+def test_a_feed_from_a_position_is_the_rest_of_the_whole_feed(
+    phantoms: Path, world: int, start: tuple[int, int]
+) -> None:
+    source, rank = source_of(phantoms), world - 1
+    rest = batches(source, rank, world, start=start)
+    expected = [b for b in batches(source, rank, world) if (b.epoch, b.number) >= start]
+    assert len(rest) == len(expected)
+    assert all(map(same, rest, expected))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "where", "world"), [(1000, (), 3), (IMAGES, (), 1), (64, ONE_ROW, 1), (64, ONE_ROW, 3), (1, ONE_ROW, 2)]
+)
+def test_batches_larger_than_the_data_and_ranks_without_a_row_lose_nothing(
+    phantoms: Path, batch_size: int, where: tuple[str, ...], world: int
+) -> None:
+    source = source_of(phantoms, batch_size=batch_size, where=where)
+    total = 1 if where else IMAGES
+    ranks = [batches(source, rank, world) for rank in range(world)]
+    for rank in ranks:
+        assert [(b.epoch, b.number, b.rows) for b in rank] == [(0, 0, total), (1, 0, total)]
+    for epoch in range(2):
+        assert sorted(np.concatenate([rank[epoch].samples for rank in ranks])) == list(range(total))
+
+
+def test_images_are_decoded_in_tasks_of_ray_data_and_not_by_the_trainer(whole: list[Batch]) -> None:
+    decoders = frozenset[int]().union(*(b.decoder_pids for b in whole))
+    assert decoders
+    assert os.getpid() not in decoders
+    for pid in decoders:
+        title = Path(f"/proc/{pid}/cmdline")
+        assert not title.exists() or title.read_text().startswith("ray::")
+
+
+def test_what_is_skipped_is_not_read(phantoms: Path) -> None:
+    plan: Plan = source_of(phantoms).plan
+    epoch = plan.epoch(0)
+    wanted = epoch.items_of(0, 1, STEPS - 1)
+    assert sum(epoch.owned(item, 0, 1, STEPS - 1).sum() for item in wanted) == IMAGES % BATCH
+    assert len(wanted) <= len(epoch.items)
+
+
+# Whole runs
+
+
+def test_a_run_leaves_a_row_per_step_and_the_summary_that_scripts_read(pretrained: Pretrained) -> None:
+    epochs, summary = pretrained.config.epochs, pretrained.summary
+    steps = steps_of(pretrained.run)
+    assert [row["step"] for row in steps] == list(range(1, epochs * STEPS + 1))
+    assert [row["epoch"] for row in steps] == [e + 1 for e in range(epochs) for _ in range(STEPS)]
+    for row in steps:
+        assert math.isfinite(row["loss"]) and row["lr"] >= 0 and row["images_per_second"] > 0
+    assert (summary["epochs"], summary["steps"], summary["samples_seen"]) == (epochs, epochs * STEPS, epochs * IMAGES)
+    assert (summary["workers"], summary["restarts"]) == (2, 0)
+    assert summary["final_loss"] == pytest.approx(np.mean([row["loss"] for row in steps[-STEPS:]]))
+    assert summary["images_per_second"] > 0 and summary["seconds"] > 0
+    assert summary["final_loss"] < steps[0]["loss"]
+    for name in ("config.yaml", "summary.json", "run.log", "model/model.json", "model/model.safetensors"):
+        assert (pretrained.run / name).is_file(), name
+    for name in ("loss.png", "reconstructions.png"):
+        assert (pretrained.run / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    assert list((pretrained.run / "tensorboard").glob("events.*"))
+    assert len(list((pretrained.run / "checkpoints").glob("step-*"))) <= pretrained.config.keep
+    assert not list(pretrained.run.rglob("*.pkl")) + list(pretrained.run.rglob("*.pt"))
+
+
+def test_the_learning_rate_rises_then_falls_and_belongs_to_the_global_batch(pretrained: Pretrained) -> None:
+    rates = [row["lr"] for row in steps_of(pretrained.run)]
+    peak = int(np.argmax(rates))
+    assert max(rates) == pytest.approx(pretrained.config.lr * BATCH / 256, rel=0.02)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert peak <= 0.1 * len(rates)
+
+
+def test_a_finished_run_is_already_done(pretrained: Pretrained, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (pretrained.run / "metrics.jsonl").read_bytes()
+    assert pretrain(pretrained.config)["final_loss"] == pytest.approx(pretrained.summary["final_loss"])
+    assert capsys.readouterr().out.startswith("already done")
+    assert (pretrained.run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_one_worker_and_two_have_the_same_losses_up_to_rounding(pretrained: Pretrained, tmp_path: Path) -> None:
+    summary = pretrain(pretrain_config(Path(pretrained.config.data), tmp_path / "run", workers="1"))
+    assert summary["workers"] == 1
+    alone, together = losses_of(tmp_path / "run"), losses_of(pretrained.run)
+    np.testing.assert_allclose(alone[:STEPS], together[:STEPS], rtol=1e-5)
+    np.testing.assert_allclose(alone, together, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "batch_size"), [(ONE_ROW, 8), ((), 1000)], ids=["one row", "one batch"])
+def test_two_workers_agree_with_one_also_where_there_is_little_to_share(
+    phantoms: Path, tmp_path: Path, where: tuple[str, ...], batch_size: int
+) -> None:
+    for workers in ("1", "2"):
+        changes = {"where": where, "batch_size": batch_size, "epochs": 3, "workers": workers}
+        summary = pretrain(pretrain_config(phantoms, tmp_path / workers, **changes))
+        assert summary["samples_seen"] == 3 * (1 if where else IMAGES)
+    np.testing.assert_allclose(losses_of(tmp_path / "2"), losses_of(tmp_path / "1"), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_more_epochs_take_a_finished_run_further(pretrained: Pretrained, tmp_path: Path) -> None:
+    shutil.copytree(pretrained.run, tmp_path / "run")
+    more = pretrained.config.epochs + 1
+    summary = pretrain(pretrain_config(Path(pretrained.config.data), tmp_path / "run", epochs=more))
+    assert (summary["epochs"], summary["steps"]) == (more, more * STEPS)
+    losses = losses_of(tmp_path / "run")
+    assert losses[: -STEPS] == losses_of(pretrained.run)
+    assert len(losses) == more * STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["kill -9", "SIGTERM", "Ctrl-C"])
+def test_a_run_that_was_stopped_goes_on_to_the_losses_of_one_that_was_not(
+    pretrained: Pretrained, tmp_path: Path, way: str
+) -> None:
+    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
+    with rayograph(*flags(config)) as process:
+        wait_until(lambda: under_way(config.out, 20) or process.popen.poll() is not None, START_S, "20 steps are done")
+        assert process.popen.poll() is None, process.said()
+        assert len(process.family()) > 3  # Ray's own and the workers: what is counted below can be seen
+        if way == "kill -9":
+            process.kill_group()
+        else:
+            process.signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGINT)
+            seconds = wait_until(lambda: process.popen.poll() is not None, 60, "the process has ended")
+            assert process.wait() == (75 if way == "SIGTERM" else 130), process.said()
+            assert seconds < 10
+            assert process.family() == set()
+            assert "the same command again goes on" in process.said().splitlines()[-1]
+            assert "Traceback" not in process.said()
+    done = len(steps_of(config.out))
+    assert 20 <= done < len(losses_of(pretrained.run)), "it was stopped midway"
+    assert not (Path(config.out) / "summary.json").exists()
+    summary = pretrain(config)
+    assert losses_of(config.out) == losses_of(pretrained.run)
+    assert summary["samples_seen"] == pretrained.summary["samples_seen"]
+    started = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
+    assert started[0] == 0 and 0 < started[1] <= done and len(started) == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_replaced_and_the_losses_stay_the_same(pretrained: Pretrained, tmp_path: Path) -> None:
+    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_until(lambda: under_way(config.out, 20), START_S, "20 steps are done")
+        killed.append(next(row["pid"] for row in rows_of(config.out) if row.get("event") == "start"))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    summary = pretrain(config)
+    thread.join()
+    assert killed
+    assert summary["restarts"] == 1
+    assert losses_of(config.out) == losses_of(pretrained.run)
