@@ -17,7 +17,9 @@ Split = Literal["group", "image"]
 class Config:
     """What every verb's config shares: checked on construction, comparable, written as plain YAML."""
 
-    RUNTIME: ClassVar[frozenset[str]] = frozenset({"out", "overwrite", "workers", "device", "images"})
+    RUNTIME: ClassVar[frozenset[str]] = frozenset(
+        {"out", "overwrite", "workers", "device", "images", "checkpoint_s", "keep"}
+    )
     """Fields that do not change the result, so they are left out when two configs are compared."""
     RAISABLE: ClassVar[frozenset[str]] = frozenset()
     """Fields that may grow when an `--out` is taken up again."""
@@ -94,7 +96,7 @@ class PretrainConfig(Config):
     batch_size: int = 64
     "Global batch size, whatever the number of workers."
     workers: str = "auto"
-    "Training processes; auto is one per GPU of the cluster, else one per two cores, at most 2."
+    "Training processes; auto is one per GPU of the cluster, else one per core, at most 2."
     seed: int = 0
     "Decides data order, augmentation, masks and initial weights."
     image_size: str = "auto"

@@ -1,0 +1,337 @@
+"""From labels to a judged model and back: `transfer`, `evaluate`, `predict` and `embed` on small data."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.errors import UsageError
+from cluster.session import Resources
+from tests.hostile import encoded, write_hostile
+from tests.runs import START_S, Pretrained, rayograph, wait_until
+from training import metrics
+from training.artifact import load_model, read_card
+from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, TransferConfig
+from training.dataset import Dataset
+from training.evaluate import evaluate
+from training.feed import Feed, Source
+from training.inference import Decode, embed, predict
+from training.ingest import ingest
+from training.sources import list_source
+from training.transfer import transfer
+from training.transform import evaluation_view
+
+pytestmark = pytest.mark.ray
+
+FOLDS = 3
+TASKS = ["linear", "knn", "svm", pytest.param("finetune", marks=pytest.mark.slow)]
+METRICS = {"accuracy", "balanced_accuracy", "kappa", "kappa_quadratic", "f1_macro", "auroc", "ece"}
+PLAIN = {"image_id", "group", "case", "repeat", "fold", "truth"}
+
+
+def config(data: Path, out: Path, **changes: Any) -> TransferConfig:
+    return TransferConfig(str(data), out=str(out), **{"folds": FOLDS, "epochs": 2, "task": "knn", **changes})
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return list(pq.read_table(file).to_pylist())
+
+
+def probabilities(rows: list[dict[str, Any]], classes: list[str]) -> np.ndarray:
+    return np.asarray([[row[name] for name in classes] for row in rows], dtype=np.float64)
+
+
+@pytest.fixture(scope="session")
+def probed(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A linear probe of the pretrained RUN on its own data."""
+    out = tmp_path_factory.mktemp("probed") / "run"
+    transfer(config(Path(pretrained.config.data), out, init=str(pretrained.run), task="linear"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def unseen(ray_session: Resources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATASET of phantoms of another seed, at the size of the model's own."""
+    out = tmp_path_factory.mktemp("unseen") / "dataset"
+    ingest(IngestConfig("phantom:90", out=str(out), image_size="32", seed=9))
+    return out
+
+
+# transfer
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_judges_every_labelled_image_once_per_repeat(
+    phantoms: Path, pretrained: Pretrained, tmp_path: Path, task: str
+) -> None:
+    repeats = 1 if task == "finetune" else 2
+    run = tmp_path / "run"
+    summary = transfer(config(phantoms, run, init=str(pretrained.run), task=task, repeats=repeats))
+    rows = rows_of(run / "predictions.parquet")
+    selection = Dataset.open(phantoms).select(labelled=True)
+    truth = dict(zip(selection.column("image_id"), selection.column("label"), strict=True))
+    classes = sorted(set(truth.values()))
+    assert set(rows[0]) == PLAIN | set(classes)
+    for repeat in range(repeats):
+        own = [row for row in rows if row["repeat"] == repeat]
+        assert sorted(row["image_id"] for row in own) == sorted(truth)
+        assert {row["fold"] for row in own} == set(range(FOLDS))
+        folds_of: dict[str, set[int]] = {}
+        for row in own:
+            folds_of.setdefault(row["group"], set()).add(row["fold"])
+        assert all(len(folds) == 1 for folds in folds_of.values()), "a group was tested in two folds"
+    assert all(row["truth"] == truth[row["image_id"]] for row in rows)
+    values = probabilities(rows, classes)
+    assert ((values >= 0) & (values <= 1)).all()
+    np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-6)
+    _check_metrics(summary["metrics"], rows, classes, FOLDS * repeats)
+    assert summary["protocol"] == {
+        "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group")))
+    }  # fmt: skip
+    for name in ("report.html", "config.yaml", "figures/confusion.png", "figures/reliability.png"):
+        assert (run / name).is_file(), name
+    assert not [p for p in run.rglob("*") if p.suffix in {".pkl", ".pt", ".pth"}]
+    assert load_model(run).probabilities(Dataset.open(phantoms).pixels(selection.take([0]))).shape == (1, len(classes))
+
+
+def _check_metrics(found: dict[str, Any], rows: list[dict[str, Any]], classes: list[str], fits: int) -> None:
+    assert set(found) == METRICS == set(metrics.NAMES)
+    for name, metric in found.items():
+        assert set(metric) == {"value", "ci95", "per_fold"}
+        low, high = metric["ci95"]
+        assert low <= metric["value"] <= high, name
+        assert len(metric["per_fold"]) == fits
+    said = np.asarray(classes)[probabilities(rows, classes).argmax(axis=1)]
+    truth = np.asarray([row["truth"] for row in rows])
+    assert found["accuracy"]["value"] == pytest.approx((said == truth).mean())
+    assert found["balanced_accuracy"]["value"] == pytest.approx(
+        np.mean([(said == truth)[truth == name].mean() for name in set(truth)])
+    )
+
+
+@pytest.mark.slow
+def test_an_interrupted_transfer_does_not_fit_finished_folds_again(
+    phantoms: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    wanted = config(phantoms, tmp_path / "run", init=str(pretrained.run), task="finetune", epochs=6)
+    twin = config(phantoms, tmp_path / "twin", init=str(pretrained.run), task="finetune", epochs=6)
+    folds = tmp_path / "run" / "folds"
+    command = ["transfer", "--data", wanted.data, "--out", wanted.out, "--init", wanted.init, "--task", "finetune"]
+    with rayograph(*command, "--folds", str(FOLDS), "--epochs", "6", "--workers", "1") as process:
+        wait_until(lambda: any(folds.glob("repeat-*")) or process.popen.poll() is not None, START_S, "one fold is done")
+        assert process.popen.poll() is None, process.said()
+        process.kill_group()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in folds.glob("repeat-*")}
+    assert 0 < len(before) < FOLDS
+    transfer(wanted)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(folds.glob("repeat-*"))) == FOLDS
+    transfer(twin)
+    classes = Dataset.open(phantoms).info["classes"]
+    ours, theirs = (rows_of(tmp_path / name / "predictions.parquet") for name in ("run", "twin"))
+    assert [row["image_id"] for row in ours] == [row["image_id"] for row in theirs]
+    np.testing.assert_allclose(probabilities(ours, classes), probabilities(theirs, classes), atol=1e-4)
+
+
+def test_a_class_with_fewer_groups_than_folds_is_refused_and_leaves_nothing(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"class '.*' has \d+ groups, fewer than --folds 40") as caught:
+        transfer(config(phantoms, tmp_path / "run", init="none", model="test_vit", image_size="32", folds=40))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+# A mark per patient tells nothing about new patients
+
+
+def test_marks_of_patients_with_random_labels_give_chance_by_group_and_much_more_by_image(
+    ray_session: Resources, tmp_path: Path
+) -> None:
+    """24 patients of 10 images: noise and a patch of 6x6 blocks that only this patient has; labels are drawn."""
+    rng = np.random.default_rng(5)
+    patients, images = 24, 10
+    labels = rng.permutation(np.repeat(["a", "b"], patients // 2))
+    folder, lines = tmp_path / "in", ["path,label,group"]
+    folder.mkdir()
+    for patient in range(patients):
+        mark = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((6, 6, 1))).astype(np.uint8)
+        for image in range(images):
+            pixels = rng.integers(64, 192, (48, 48, 3)).astype(np.uint8)
+            pixels[12:36, 12:36] = mark
+            (folder / f"{patient}-{image}.png").write_bytes(encoded(pixels, "PNG"))
+            lines.append(f"{patient}-{image}.png,{labels[patient]},patient{patient}")
+    (folder / "index.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ingest(IngestConfig(str(folder), out=str(tmp_path / "data"), image_size="48"))
+    accuracy = {}
+    for split in ("group", "image"):
+        changes = {"init": "imagenet", "image_size": "48", "folds": 5, "split": split}
+        accuracy[split] = transfer(config(tmp_path / "data", tmp_path / split, **changes))["metrics"]["accuracy"]
+    low, high = accuracy["group"]["ci95"]
+    assert low <= 0.5 <= high
+    assert accuracy["image"]["value"] > 0.9
+    assert accuracy["image"]["ci95"][0] > high
+
+
+# evaluate
+
+
+def test_evaluate_refuses_images_of_the_models_lineage_unless_told_otherwise(
+    probed: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    wanted = {"model": str(probed), "data": str(phantoms)}
+    with pytest.raises(UsageError, match="106 of 106 images were seen.*\n.*--allow-seen"):
+        evaluate(EvaluateConfig(**wanted, out=str(tmp_path / "refused")))
+    assert not (tmp_path / "refused").exists()
+    summary = evaluate(EvaluateConfig(**wanted, out=str(tmp_path / "allowed"), allow_seen=True))
+    assert summary["seen"] == summary["images"] == 106
+
+
+def test_images_of_pretraining_alone_count_as_seen(probed: Path, tmp_path: Path, phantoms: Path) -> None:
+    """An unlabelled image of the pretraining, labelled elsewhere, is of the lineage."""
+    dataset = Dataset.open(phantoms)
+    unlabelled = [r for r in rows_of(phantoms / "manifest.parquet") if not r["label"]]
+    truth = {row["image_id"]: row["truth"] for row in unlabelled}
+    shutil.copytree(phantoms, tmp_path / "labelled")
+    table = dataset.manifest
+    labels = [truth.get(i, "") for i in table["image_id"].to_pylist()]
+    table = table.set_column(table.column_names.index("label"), "label", pa.array(labels, pa.string()))
+    pq.write_table(table, tmp_path / "labelled" / "manifest.parquet")
+    with pytest.raises(UsageError, match="94 of 94 images were seen"):
+        evaluate(EvaluateConfig(model=str(probed), data=str(tmp_path / "labelled"), out=str(tmp_path / "out")))
+
+
+def test_evaluate_judges_unseen_images_and_predict_agrees_number_by_number(
+    probed: Path, unseen: Path, tmp_path: Path
+) -> None:
+    summary = evaluate(EvaluateConfig(model=str(probed), data=str(unseen), out=str(tmp_path / "judged")))
+    assert summary["seen"] == 0
+    judged = {row["image_id"]: row for row in rows_of(tmp_path / "judged" / "predictions.parquet")}
+    selection = Dataset.open(unseen).select(labelled=True)
+    assert set(judged) == set(selection.column("image_id"))
+    predict(InferenceConfig(str(unseen), model=str(probed), out=str(tmp_path / "predicted.parquet")))
+    predicted = {row["image_id"]: row for row in rows_of(tmp_path / "predicted.parquet")}
+    assert len(predicted) == 90
+    classes = sorted(set(selection.column("label")))
+    _check_metrics(summary["metrics"], list(judged.values()), classes, 1)
+    for image, row in judged.items():
+        assert row["truth"] == predicted[image]["truth"]
+    ours, theirs = ([found[i] for i in judged] for found in (judged, predicted))
+    np.testing.assert_allclose(probabilities(ours, classes), probabilities(theirs, classes), rtol=1e-5, atol=1e-8)
+
+
+def test_labels_that_the_model_does_not_know_are_refused(probed: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("healthy", "stranger"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.png").write_bytes(encoded(rng.integers(0, 256, (32, 32)).astype(np.uint8), "PNG"))
+    with pytest.raises(UsageError, match="the model has no class 'stranger'"):
+        evaluate(EvaluateConfig(model=str(probed), data=str(tmp_path / "in"), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+# predict and embed
+
+
+def test_predict_answers_a_hostile_folder_row_by_row(probed: Path, tmp_path: Path) -> None:
+    expected = {n: r for n, r in write_hostile(tmp_path / "in").items() if n != "no_extension"}
+    summary = predict(InferenceConfig(str(tmp_path / "in"), model=str(probed), out=str(tmp_path / "out.parquet")))
+    rows = {row["path"]: row for row in rows_of(tmp_path / "out.parquet")}
+    assert summary["images"] == len(rows) == len(expected)
+    classes = list(read_card(probed)[0].classes)
+    for name, reason in expected.items():
+        row = rows[name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")]
+        values = [row[c] for c in classes]
+        if reason is None:
+            assert (row["status"], row["reason"]) == ("ok", "")
+            assert sum(values) == pytest.approx(1)
+            assert row["label"] == classes[int(np.argmax(values))]
+        else:
+            assert row["status"] == "quarantined"
+            assert reason in row["reason"]
+            assert row["label"] is None and values == [None] * len(classes)
+    assert summary["quarantined"] == sum(reason is not None for reason in expected.values())
+
+
+def test_a_second_predict_is_already_done_and_another_model_is_not(
+    probed: Path, unseen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.parquet"
+    predict(InferenceConfig(str(unseen), model=str(probed), out=str(out), where=("label=healthy",)))
+    capsys.readouterr()
+    predict(InferenceConfig(str(unseen), model=str(probed), out=str(out), where=("label=healthy",)))
+    assert capsys.readouterr().out == f"already done: {out}\n"
+    with pytest.raises(UsageError, match="where differs"):
+        predict(InferenceConfig(str(unseen), model=str(probed), out=str(out)))
+
+
+def test_an_encoder_has_no_classes_to_predict(pretrained: Pretrained, unseen: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="an encoder without classes"):
+        predict(InferenceConfig(str(unseen), model=str(pretrained.run), out=str(tmp_path / "out.parquet")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_embed_and_the_printed_timm_snippet_give_the_same_features(
+    pretrained: Pretrained, unseen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(InferenceConfig(str(unseen), model=str(pretrained.run), out=str(tmp_path / "out.parquet")))
+    rows = rows_of(tmp_path / "out.parquet")
+    dataset = Dataset.open(unseen)
+    selection = dataset.select()
+    assert [row["image_id"] for row in rows] == selection.column("image_id")
+    found = re.search(r"^import timm\n.*?^model\.eval\(\)$", pretrained.printed, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)  # the snippet must not depend on where it runs
+    exec(found[0], names)
+    images = evaluation_view(dataset.pixels(selection), read_card(pretrained.run)[0].input)
+    with torch.inference_mode():
+        features = names["model"](images).numpy()
+    np.testing.assert_allclose(np.asarray([row["embedding"] for row in rows]), features, rtol=1e-4, atol=1e-5)
+
+
+# One picture, one path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_same_image_becomes_the_same_tensor_on_every_way_to_the_network(
+    ray_session: Resources, tmp_path: Path, channels: int
+) -> None:
+    expected = write_hostile(tmp_path / "in")
+    for name, reason in expected.items():
+        if reason is not None:
+            (tmp_path / "in" / name).unlink()
+    ingest(IngestConfig(str(tmp_path / "in"), out=str(tmp_path / "data"), image_size="24x40", max_merged_group=1.0))
+    dataset = Dataset.open(tmp_path / "data")
+    selection = dataset.select()
+    wanted = _Input(channels)
+    stored = evaluation_view(dataset.pixels(selection), wanted)
+
+    listing = list_source(str(tmp_path / "in"))
+    rows = listing.rows.append_column("at", pa.array(np.arange(listing.rows.num_rows)))
+    decoded = Decode(listing.reader, dataset.image_path, channels)(rows.combine_chunks())
+    place = {path: at for at, path in enumerate(listing.rows["path"].to_pylist())}
+    chosen = decoded["image"][[place[path] for path in selection.column("path")]]
+    torch.testing.assert_close(evaluation_view(chosen, wanted), stored, rtol=0, atol=0)
+
+    source = Source(str(tmp_path / "data"), (), False, dataset.plan(selection, batch_size=8, seed=0))
+    for batch in Feed(source, rank=0, world=1, start=(0, 0), epochs=1):
+        torch.testing.assert_close(
+            evaluation_view(batch.images, wanted), stored[torch.from_numpy(batch.samples)], rtol=0, atol=0
+        )
+    for one, other in itertools.pairwise(stored):
+        assert one.shape == other.shape == (channels, 32, 32)
+
+
+def _Input(channels: int) -> Any:  # noqa: N802 - stands in for the class of this name
+    from training.transform import Input
+
+    return Input(32, 32, channels, (0.4,) * channels, (0.2,) * channels)
