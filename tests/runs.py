@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ class Process:
 
     def family(self) -> set[int]:
         """The living processes of its session, itself included."""
-        return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _session(pid) == self.popen.pid}
+        everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+        return {pid for pid in everyone if _session(pid) == self.popen.pid}
 
     def signal(self, kind: signal.Signals) -> None:
         self.popen.send_signal(kind)

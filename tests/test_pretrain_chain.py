@@ -1,4 +1,4 @@
-"""`pretrain` on Ray: the order of samples, the loss of every step, and what stopping, killing and resuming leave of it."""
+"""`pretrain` on Ray: the order of samples, the loss of every step, and what stopping and killing leave of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.session import Resources
 from tests.runs import (
     START_S,
     Pretrained,
@@ -43,9 +42,7 @@ ONE_ROW = ("path=phantom/000003.png",)
 
 def source_of(data: Path, *, batch_size: int = BATCH, where: tuple[str, ...] = ()) -> Source:
     dataset = Dataset.open(data)
-    return Source(
-        str(data), where, False, dataset.plan(dataset.select(where), batch_size=batch_size, seed=3)
-    )
+    return Source(str(data), where, False, dataset.plan(dataset.select(where), batch_size=batch_size, seed=3))
 
 
 def batches(source: Source, rank: int, world: int, *, start: tuple[int, int] = (0, 0), epochs: int = 2) -> list[Batch]:
@@ -81,9 +78,7 @@ def test_every_epoch_holds_every_image_once_with_its_own_pixels(phantoms: Path, 
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_ranks_shares_the_batches_of_one_in_order(
-    phantoms: Path, whole: list[Batch], world: int
-) -> None:
+def test_any_number_of_ranks_shares_the_batches_of_one_in_order(phantoms: Path, whole: list[Batch], world: int) -> None:
     ranks = [batches(source_of(phantoms), rank, world) for rank in range(world)]
     for number, alone in enumerate(whole):
         parts = [rank[number] for rank in ranks]
@@ -107,7 +102,8 @@ def test_a_feed_from_a_position_is_the_rest_of_the_whole_feed(
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "where", "world"), [(1000, (), 3), (IMAGES, (), 1), (64, ONE_ROW, 1), (64, ONE_ROW, 3), (1, ONE_ROW, 2)]
+    ("batch_size", "where", "world"),
+    [(1000, (), 3), (IMAGES, (), 1), (64, ONE_ROW, 1), (64, ONE_ROW, 3), (1, ONE_ROW, 2)],
 )
 def test_batches_larger_than_the_data_and_ranks_without_a_row_lose_nothing(
     phantoms: Path, batch_size: int, where: tuple[str, ...], world: int
@@ -206,7 +202,7 @@ def test_more_epochs_take_a_finished_run_further(pretrained: Pretrained, tmp_pat
     summary = pretrain(pretrain_config(Path(pretrained.config.data), tmp_path / "run", epochs=more))
     assert (summary["epochs"], summary["steps"]) == (more, more * STEPS)
     losses = losses_of(tmp_path / "run")
-    assert losses[: -STEPS] == losses_of(pretrained.run)
+    assert losses[:-STEPS] == losses_of(pretrained.run)
     assert len(losses) == more * STEPS
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 from pathlib import Path
@@ -28,7 +27,7 @@ from training.inference import Decode, embed, predict
 from training.ingest import ingest
 from training.sources import list_source
 from training.transfer import transfer
-from training.transform import evaluation_view
+from training.transform import Input, evaluation_view
 
 pytestmark = pytest.mark.ray
 
@@ -156,18 +155,17 @@ def test_a_class_with_fewer_groups_than_folds_is_refused_and_leaves_nothing(phan
 def test_marks_of_patients_with_random_labels_give_chance_by_group_and_much_more_by_image(
     ray_session: Resources, tmp_path: Path
 ) -> None:
-    """24 patients of 10 images: noise and a patch of 6x6 blocks that only this patient has; labels are drawn."""
+    """24 patients of 20 images: noise over a pattern of blocks that only this patient has; labels are drawn."""
     rng = np.random.default_rng(5)
-    patients, images = 24, 10
+    patients, images = 24, 20
     labels = rng.permutation(np.repeat(["a", "b"], patients // 2))
     folder, lines = tmp_path / "in", ["path,label,group"]
     folder.mkdir()
     for patient in range(patients):
-        mark = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((6, 6, 1))).astype(np.uint8)
+        mark = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((12, 12, 1)))
         for image in range(images):
-            pixels = rng.integers(64, 192, (48, 48, 3)).astype(np.uint8)
-            pixels[12:36, 12:36] = mark
-            (folder / f"{patient}-{image}.png").write_bytes(encoded(pixels, "PNG"))
+            pixels = (mark + rng.integers(64, 192, (48, 48, 3))) / 2
+            (folder / f"{patient}-{image}.png").write_bytes(encoded(pixels.astype(np.uint8), "PNG"))
             lines.append(f"{patient}-{image}.png,{labels[patient]},patient{patient}")
     (folder / "index.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     ingest(IngestConfig(str(folder), out=str(tmp_path / "data"), image_size="48"))
@@ -177,7 +175,7 @@ def test_marks_of_patients_with_random_labels_give_chance_by_group_and_much_more
         accuracy[split] = transfer(config(tmp_path / "data", tmp_path / split, **changes))["metrics"]["accuracy"]
     low, high = accuracy["group"]["ci95"]
     assert low <= 0.5 <= high
-    assert accuracy["image"]["value"] > 0.9
+    assert accuracy["image"]["value"] > 0.85
     assert accuracy["image"]["ci95"][0] > high
 
 
@@ -187,11 +185,11 @@ def test_marks_of_patients_with_random_labels_give_chance_by_group_and_much_more
 def test_evaluate_refuses_images_of_the_models_lineage_unless_told_otherwise(
     probed: Path, phantoms: Path, tmp_path: Path
 ) -> None:
-    wanted = {"model": str(probed), "data": str(phantoms)}
-    with pytest.raises(UsageError, match="106 of 106 images were seen.*\n.*--allow-seen"):
-        evaluate(EvaluateConfig(**wanted, out=str(tmp_path / "refused")))
+    with pytest.raises(UsageError, match=r"106 of 106 images were seen.*\n.*--allow-seen"):
+        evaluate(EvaluateConfig(model=str(probed), data=str(phantoms), out=str(tmp_path / "refused")))
     assert not (tmp_path / "refused").exists()
-    summary = evaluate(EvaluateConfig(**wanted, out=str(tmp_path / "allowed"), allow_seen=True))
+    allowed = EvaluateConfig(model=str(probed), data=str(phantoms), out=str(tmp_path / "allowed"), allow_seen=True)
+    summary = evaluate(allowed)
     assert summary["seen"] == summary["images"] == 106
 
 
@@ -312,7 +310,7 @@ def test_the_same_image_becomes_the_same_tensor_on_every_way_to_the_network(
     ingest(IngestConfig(str(tmp_path / "in"), out=str(tmp_path / "data"), image_size="24x40", max_merged_group=1.0))
     dataset = Dataset.open(tmp_path / "data")
     selection = dataset.select()
-    wanted = _Input(channels)
+    wanted = Input(32, 32, channels, (0.4,) * channels, (0.2,) * channels)
     stored = evaluation_view(dataset.pixels(selection), wanted)
 
     listing = list_source(str(tmp_path / "in"))
@@ -327,11 +325,4 @@ def test_the_same_image_becomes_the_same_tensor_on_every_way_to_the_network(
         torch.testing.assert_close(
             evaluation_view(batch.images, wanted), stored[torch.from_numpy(batch.samples)], rtol=0, atol=0
         )
-    for one, other in itertools.pairwise(stored):
-        assert one.shape == other.shape == (channels, 32, 32)
-
-
-def _Input(channels: int) -> Any:  # noqa: N802 - stands in for the class of this name
-    from training.transform import Input
-
-    return Input(32, 32, channels, (0.4,) * channels, (0.2,) * channels)
+    assert stored.shape == (len(selection), channels, 32, 32)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,6 +24,7 @@ from training.images import ImagePath
 from training.transform import Input, evaluation_view
 
 FORMAT = 1
+WEIGHTS, HEAD = "model.safetensors", "head.skops"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
     for name, content in [(lineage.SEEN, lineage.dump(seen)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
@@ -184,7 +186,10 @@ def read_card(run: str | Path) -> tuple[ModelCard, dict[str, str]]:
     if values.get("format", 0) > FORMAT:
         raise UsageError(f"{run}: model format {values['format']} is newer than this Rayograph's {FORMAT}; upgrade")
     try:
-        return ModelCard.from_dict(values), dict(values["sha256"])
+        card = ModelCard.from_dict(values)
+        if not timm.is_model(card.architecture.name):  # a name such as hf-hub:… would reach for the network
+            raise UsageError(f"{run}: model.json names {card.architecture.name!r}, which is no model of timm's")
+        return card, dict(values["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{run}: model.json is damaged ({error})") from error
 
@@ -197,15 +202,16 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     """
     folder = model_folder(run)
     card, hashes = read_card(run)
-    for name, wanted in hashes.items():
-        if not (folder / name).is_file() or storage.sha256_file(folder / name) != wanted:
+    read = {WEIGHTS, HEAD} if card.head == "estimator" else {WEIGHTS}
+    for name in sorted(read | set(hashes)):
+        if not (folder / name).is_file() or storage.sha256_file(folder / name) != hashes.get(name):
             raise UsageError(f"{folder / name}: missing or changed since the model was written (sha256 differs)")
     network = card.architecture.build(len(card.classes) if card.head == "network" else 0)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    network.load_state_dict(load_file(folder / WEIGHTS))
     estimator: Estimator | None = None
     if card.head == "estimator":
         from training.tasks.frozen import load_estimator
 
-        estimator = load_estimator((folder / "head.skops").read_bytes(), len(card.classes))
+        estimator = load_estimator((folder / HEAD).read_bytes(), len(card.classes))
     network.requires_grad_(False)
-    return Model(card, network.eval().to(device), estimator, device, hashes["model.safetensors"])
+    return Model(card, network.eval().to(device), estimator, device, hashes[WEIGHTS])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cluster import storage
-from cluster.errors import RayographError
+from cluster.errors import RayographError, UsageError
 
 FORMAT = 1
+
+
+class NewerFormatError(UsageError):
+    """A checkpoint of a later Rayograph."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,10 @@ def save(folder: Path, state: State, keep: int) -> Path:
     manifest = {
         "format": FORMAT,
         "position": vars(state.position),
-        "sha256": {"state.safetensors": storage.sha256_file(partial / "state.safetensors")},
+        "sha256": {
+            "state.safetensors": storage.sha256_file(partial / "state.safetensors"),
+            "position": _digest(vars(state.position)),
+        },
     }
     storage.write_json(partial / "checkpoint.json", manifest)
     storage.publish_folder(partial, target)
@@ -81,6 +90,8 @@ def newest(folder: Path) -> tuple[State | None, list[str]]:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return _load(path), complaints
+        except NewerFormatError:  # whole: falling back would lose work
+            raise
         except (RayographError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             complaints.append(f"{path.name} is damaged ({error}); falling back to the one before")
     return None, complaints
@@ -88,7 +99,16 @@ def newest(folder: Path) -> tuple[State | None, list[str]]:
 
 def _load(path: Path) -> State:
     manifest: dict[str, Any] = storage.read_json(path / "checkpoint.json")
+    if manifest["format"] > FORMAT:
+        raise NewerFormatError(f"{path}: checkpoint format {manifest['format']} is newer than this Rayograph's; upgrade")
     file = path / "state.safetensors"
     if storage.sha256_file(file) != manifest["sha256"][file.name]:
         raise ValueError("its sha256 differs from its manifest")
-    return State(Position(**manifest["position"]), load_file(file))
+    position = manifest["position"]
+    if manifest["sha256"].get("position", "") not in ("", _digest(position)):
+        raise ValueError("its position was changed")
+    return State(Position(**position), load_file(file))
+
+
+def _digest(position: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()

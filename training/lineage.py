@@ -21,8 +21,9 @@ def own_images(selection: Selection) -> frozenset[str]:
 
 
 def seen_by(run: str) -> frozenset[str]:
-    """What the model of a RUN has seen; nothing where `run` is no folder, such as `imagenet`."""
-    for folder in (Path(run) / "model", Path(run)):
+    """What the model of a RUN, or the weights file in it, has seen; nothing where `run` is neither, as `imagenet`."""
+    given = Path(run)
+    for folder in (given / "model", given.parent if given.is_file() else given):
         if (folder / SEEN).is_file():
             return frozenset(bytes(row).hex() for row in load_file(folder / SEEN)["sha256"])
     return frozenset()

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +274,9 @@ def _index(source: str) -> Listing:
         raise UsageError(f"{source}: no column 'path' (found: {', '.join(columns) or 'none'}).{hint}")
     if not columns["path"]:
         raise UsageError(f"{source}: has no rows")
+    twice = next((path for path, count in Counter(columns["path"]).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"{source}: the path {_shown(twice)!r} stands in it twice")
     keys = [os.fsencode(p) for p in columns["path"]]
     columns["label"] = [_clean_label(text) for text in columns.get("label", [""] * len(keys))]
     root = source.rpartition("/")[0] or "."
@@ -313,6 +317,8 @@ def _csv_columns(source: str) -> dict[str, list[str]]:
 def _parquet_columns(source: str) -> dict[str, list[str]]:
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(source)))
+        if len(set(table.column_names)) != len(table.column_names):
+            raise UsageError(f"{source}: a column name stands twice")
         plain = {n: c for n, c in zip(table.column_names, table.columns, strict=True) if not pa.types.is_nested(c.type)}
         return {n: [_plain(v) for v in c.to_pylist()] for n, c in plain.items()}
     except (OSError, ValueError, pa.ArrowException) as error:

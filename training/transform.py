@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import keyed
+from training.images import to_channels
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,11 @@ class Input:
 
 def to_tensor(pixels: np.ndarray, channels: int, device: str | torch.device = "cpu") -> Tensor:
     """Stored pixels uint8 [B, H, W, 1|3] -> float [B, channels, H, W] in 0..1; a fresh tensor, never an alias."""
-    images = torch.as_tensor(np.require(pixels, requirements="CW")).to(device).permute(0, 3, 1, 2).float().div_(255)
-    if images.shape[1] == channels:
-        return images
-    if channels == 3:
-        return images.expand(-1, 3, -1, -1)
-    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R 601
-    return (images * luma).sum(dim=1, keepdim=True)
+    if channels == 1:
+        pixels = to_channels(pixels, 1)  # on integers, as where a file is decoded for this network: equal tensors
+    plain = np.require(pixels, requirements=["C", "W"])
+    images = torch.as_tensor(plain).to(device).permute(0, 3, 1, 2).float().div_(255)
+    return images if images.shape[1] == channels else images.expand(-1, 3, -1, -1)
 
 
 def evaluation_view(pixels: np.ndarray, wanted: Input, device: str | torch.device = "cpu") -> Tensor:

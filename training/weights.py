@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -251,8 +250,10 @@ def _load(
 
 
 def _fit(name: str, tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if tensor.ndim == 4 and tensor.shape[1] != target.shape[1] and target.shape[1] in (1, 3):
-        tensor = adapt_input_conv(target.shape[1], tensor)
+    if tensor.ndim == 4 and (tensor.shape[1], target.shape[1]) == (3, 1):
+        tensor = tensor.sum(dim=1, keepdim=True)  # as timm does: a grey picture gets the answer that it got as colour
+    elif tensor.ndim == 4 and (tensor.shape[1], target.shape[1]) == (1, 3):
+        tensor = tensor.expand(-1, 3, -1, -1) / 3
     if name == "patch_embed.proj.weight" and tensor.shape[-2:] != target.shape[-2:]:
         tensor = resample_patch_embed(tensor, list(target.shape[-2:]))
     return tensor

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RAYOGRAPH_DATA", ROOT.parent / "shared" / "data"))
 CACHE = Path(os.environ.get("RAYOGRAPH_RESULTS", Path.home() / ".cache" / "rayograph" / "results"))
-EPOCHS = "12"
+EPOCHS = "8"
 METRICS = ("accuracy", "kappa", "balanced_accuracy", "auroc", "ece")
 
 
@@ -32,8 +32,9 @@ class Study:
     ingest: tuple[str, ...]
     pretrain: tuple[str, ...]
     transfer: tuple[str, ...]
+    vit: tuple[str, ...]
     imagenet: tuple[str, ...]
-    """Further flags where the first weights are ImageNet's: their network has a size of its own."""
+    """Further flags of transfers, for each network: each has an input size of its own."""
     yardsticks: tuple[tuple[str, str, str, str], ...]
     """(name, accuracy, kappa, balanced accuracy) measured once, elsewhere, on the same copies."""
 
@@ -46,6 +47,7 @@ STUDIES = {
         ("--preset", "tiny", "--epochs", "100", "--workers", "2"),
         ("--turns",),
         (),
+        (),
         (
             ("ImageNet, frozen, SVM, 224 px", "0.535", "0.442", "0.561"),
             ("ImageNet, fine-tuned, 128 px", "0.586", "0.506", "0.636"),
@@ -55,8 +57,9 @@ STUDIES = {
         "Retina OCT (healthy / npdr / pdr, by patient; pretrained on all OCT)",
         "retina/index.csv",
         ("--image-size", "80x192"),
-        ("--preset", "tiny", "--image-size", "60x144", "--epochs", "200", "--workers", "2", "--where", "modality=oct"),
-        ("--where", "modality=oct", "--image-size", "60x144"),
+        ("--preset", "tiny", "--image-size", "60x144", "--epochs", "100", "--workers", "2", "--where", "modality=oct"),
+        ("--where", "modality=oct"),
+        ("--image-size", "60x144"),
         ("--image-size", "80x192"),
         (
             ("ImageNet, frozen, SVM, 224 px", "0.745", "0.422", "0.487"),
@@ -83,7 +86,7 @@ def transfers(name: str) -> list[tuple[str, str, Path, list[str]]]:
             if label == "none" and task != "finetune":
                 continue
             out = CACHE / f"{name}-{task}-{label.lower()}"
-            size = study.imagenet if label == "ImageNet" else ()
+            size = study.imagenet if label == "ImageNet" else study.vit
             command = ["transfer", "--data", str(CACHE / name), "--out", str(out), "--init", init, "--task", task]
             found.append((label, task, out, [*command, *flags, *study.transfer, *size]))
     return found

@@ -75,7 +75,7 @@ def test_only_pairs_above_the_threshold_are_copies() -> None:
     noisy = [base + rng.normal(0, sigma, 4096) for sigma in (0.5, 1.5, 2.2, 2.8, 5, 40)]
     grey = np.clip(np.rint([base, *noisy, base * 0.6 + 30]), 0, 255).astype(np.uint8)
     every = as_array(list(combinations(range(len(grey)), 2)))
-    alike = np.corrcoef(grey.astype(np.float64))
+    alike = np.asarray(np.corrcoef(grey.astype(np.float64)))
     assert pairs_of(correlated(every, grey)) == {(i, j) for i, j in every.tolist() if alike[i, j] >= CORRELATION}
     assert {(0, 1), (0, 7)} <= pairs_of(correlated(every, grey))  # brightness and contrast do not matter
     assert (0, 5) not in pairs_of(correlated(every, grey))

@@ -200,7 +200,7 @@ def test_a_condition_that_is_none_is_refused_with_the_nearest_column() -> None:
     table = pa.table({"split": ["train"]})
     with pytest.raises(UsageError, match="give COLUMN=VALUE"):
         filter_rows(table, ["split"])
-    with pytest.raises(UsageError, match="no column 'spilt'. Did you mean 'split'?"):
+    with pytest.raises(UsageError, match=r"no column 'spilt'\. Did you mean 'split'\?"):
         filter_rows(table, ["spilt=train"])
 
 

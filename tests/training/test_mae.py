@@ -104,8 +104,7 @@ def test_the_loss_is_that_of_the_paper(norm_pix: bool, channels: int, height: in
     module = mae(tiny(channels, height, width), norm_pix=norm_pix)
     shown, scores = images(2, channels, height, width), noise(2, patches)
     expected = [
-        loss_by_hand(module, image, row.tolist(), columns, norm_pix)
-        for image, row in zip(shown, scores, strict=True)
+        loss_by_hand(module, image, row.tolist(), columns, norm_pix) for image, row in zip(shown, scores, strict=True)
     ]
     found = module(shown, scores)
     assert found.dtype == torch.float32
@@ -128,7 +127,7 @@ def test_with_nothing_hidden_the_encoder_is_timm_s_own_forward_pass(name: str) -
 )
 @torch.no_grad()
 def test_variants_of_the_plain_vit_are_encoded_as_timm_encodes_them(options: dict[str, Any]) -> None:
-    encoder = timm.create_model(
+    encoder: Any = timm.create_model(
         "test_vit", img_size=SIZE, patch_size=PATCH, num_classes=0, global_pool="avg", **options
     ).eval()
     module = mae(encoder)

@@ -275,7 +275,9 @@ def test_binary_paths_of_a_parquet_manifest_are_their_bytes(tmp_path: Path) -> N
 def test_a_poisoned_parquet_manifest_is_data_and_never_code(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     poison = pickle.dumps(Bomb(canary))
-    nested = pa.array([{"payload": poison, "list": [poison]}], pa.struct([("payload", pa.binary()), ("list", pa.list_(pa.binary()))]))
+    nested = pa.array(
+        [{"payload": poison, "list": [poison]}], pa.struct([("payload", pa.binary()), ("list", pa.list_(pa.binary()))])
+    )
     table = pa.table({"path": ["a.png"], "payload": pa.array([poison], pa.binary()), "nested": nested})
     extension = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": poison}
     schema = table.schema.set(1, table.schema.field(1).with_metadata(extension)).with_metadata({b"pandas": poison})
@@ -387,3 +389,10 @@ def test_phantoms_are_rows_of_the_generator() -> None:
 @pytest.mark.parametrize("count", ["", "0", "-3", "many", "1.5", "²"])
 def test_a_count_of_phantoms_that_is_none_is_refused(count: str) -> None:
     assert "give a count" in refused(f"phantom:{count}")
+
+
+def test_an_index_that_names_one_path_twice_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "index.csv"
+    index.write_text("path,label\na.png,x\nb.png,y\na.png,y\n")
+    with pytest.raises(UsageError, match=r"'a\.png' stands in it twice"):
+        list_source(str(index))

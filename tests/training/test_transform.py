@@ -37,7 +37,7 @@ def view(pixels: np.ndarray, wanted: Input, **changes: float) -> np.ndarray:
 def normalised(pixels: np.ndarray, wanted: Input) -> np.ndarray:
     """float64 [B, C, H, W] by the definition."""
     values = (pixels.astype(np.float64) / 255 - np.asarray(wanted.mean)) / np.asarray(wanted.std)
-    return values.transpose(0, 3, 1, 2)
+    return np.asarray(values.transpose(0, 3, 1, 2))
 
 
 def test_the_evaluation_view_of_the_right_size_only_normalises() -> None:
@@ -65,7 +65,7 @@ def test_grey_is_repeated_and_colour_is_weighed_by_luma() -> None:
     three = to_tensor(grey, 3).numpy()
     assert np.allclose(three, np.repeat(grey.transpose(0, 3, 1, 2) / 255, 3, axis=1), atol=1e-6)
     one = to_tensor(colour, 1).numpy()[:, 0]
-    assert np.allclose(one, (colour / 255) @ np.asarray([0.299, 0.587, 0.114]), atol=1e-6)
+    assert np.allclose(one, (colour / 255) @ np.asarray([0.299, 0.587, 0.114]), atol=0.51 / 255)  # rounded to a grey
     assert evaluation_view(colour, GREY).shape == view(colour, GREY).shape == (2, 1, 24, 24)
     assert evaluation_view(grey, COLOUR).shape == view(grey, COLOUR).shape == (2, 3, 24, 24)
 
@@ -179,7 +179,7 @@ def test_draws_are_keyed_by_position_alone() -> None:
     augmentation = Augmentation(0.4)
     order = np.asarray([7, 3, 900, 0])
     draws, noise = sample_draws(augmentation, 6, 1, 2, positions=order)
-    assert (draws.shape, noise.shape, noise.dtype) == ((4, 8), (4, 6), np.float32)
+    assert (draws.shape, noise.shape) == ((4, 8), (4, 6)) and noise.dtype == np.float32
     for at, position in enumerate(order):
         one, one_noise = sample_draws(augmentation, 6, 1, 2, positions=np.asarray([position]))
         assert np.array_equal(one[0], draws[at]) and np.array_equal(one_noise[0], noise[at])

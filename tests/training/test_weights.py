@@ -181,22 +181,20 @@ def test_positions_are_resampled_to_another_size(tmp_path: Path) -> None:
     loaded = state_of(initial_weights(wanted(str(path), image_size="96x48")).network)
     expected = resampled(state_of(source)["pos_embed"], (4, 4), (6, 3))
     assert torch.allclose(loaded["pos_embed"], expected, atol=1e-5)
-    same = [name for name in loaded if torch.equal(loaded[name], state_of(source)[name])] if False else None
-    assert same is None
-    assert torch.equal(loaded["blocks.0.attn.qkv.weight"], state_of(source)["blocks.0.attn.qkv.weight"])
+    for name in set(loaded) - {"pos_embed"}:
+        assert torch.equal(loaded[name], state_of(source)[name]), name
 
 
 def test_patches_are_resampled_to_another_patch_size(tmp_path: Path) -> None:
-    source = timm.create_model("vit_tiny_patch16_224", img_size=192, patch_size=16, num_classes=0)
+    source: Any = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=0)
     seed_weights(source, 0)
     path = save_tensors(tmp_path / "w.safetensors", source)
-    loaded: Any = initial_weights(wanted(str(path), model=None, image_size="144")).network  # patch 12 of the preset
-    assert loaded.patch_embed.proj.weight.shape == (192, 3, 12, 12)
-    flat = torch.ones(1, 3, 12, 12)
-    with torch.no_grad():  # a flat patch keeps its token (FlexiViT, Beyer et al. 2023)
-        ours = loaded.patch_embed.proj(flat).flatten()
-        theirs = source.patch_embed.proj(F.interpolate(flat, (16, 16))).flatten()
-    assert torch.allclose(ours, theirs, atol=1e-3)
+    loaded: Any = initial_weights(wanted(str(path), image_size="64")).network
+    assert loaded.patch_embed.proj.weight.shape == (64, 3, 16, 16)
+    small = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    large = F.interpolate(small, (16, 16), mode="bicubic", antialias=True)
+    with torch.no_grad():  # an enlarged patch keeps its token (FlexiViT, Beyer et al. 2023, equation 3)
+        assert torch.allclose(loaded.patch_embed.proj(large), source.patch_embed.proj(small), atol=1e-3)
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64, b"\x80\x04N."])
@@ -297,7 +295,7 @@ def test_weights_that_need_a_network_fail_fast_and_in_one_line(init: str, monkey
     began = time.monotonic()
     text = refused(init)
     assert text.startswith(f"--init {init}: weights cannot be had") and len(text) < 300
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # no retries; a moment on an idle machine
 
 
 def test_a_timm_name_that_does_not_exist_is_refused_with_the_nearest() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class MAE(nn.Module):
         self, encoder: nn.Module, *, decoder_width: int, decoder_depth: int, mask_ratio: float, norm_pix: bool
     ) -> None:
         super().__init__()
-        if not _plain(encoder):
+        if not _plain(encoder) or encoder.pos_embed is None:
             raise UsageError("--method mae needs a plain ViT: it feeds the encoder visible patches only")
         self.encoder = encoder
         self.patch = int(encoder.patch_embed.patch_size[0])
@@ -140,12 +140,11 @@ class MAE(nn.Module):
         return self.unpatchify(masked), self.unpatchify(pixels.scatter(1, index, predicted))
 
 
-def _plain(encoder: Any) -> bool:
-    """Whether it is a ViT of patches with positions and at most a class token; timm's subclasses and hybrids are not."""
+def _plain(encoder: nn.Module) -> TypeGuard[VisionTransformer]:
+    """A ViT of patches with at most a class token; timm's subclasses and hybrids are none."""
     return (
         type(encoder) is VisionTransformer
         and isinstance(encoder.patch_embed, PatchEmbed)
-        and encoder.pos_embed is not None
         and not encoder.num_reg_tokens
     )
 

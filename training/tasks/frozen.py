@@ -6,6 +6,7 @@ rows alone.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +61,12 @@ def load_estimator(content: bytes, classes: int) -> Frozen:
     """The inverse of `Frozen.dumps`.
 
     Raises:
-        UsageError: it holds a type that no head of ours has.
+        UsageError: it holds a type that no head of ours has, or is damaged.
     """
-    strange = sorted(set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED))
+    try:
+        strange = sorted(set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise UsageError(f"head.skops: not an estimator kept by skops ({error})") from error
     if strange:
         raise UsageError(f"head.skops holds types that Rayograph never writes: {', '.join(strange)}; it is not loaded")
     return Frozen(skops.io.loads(content, trusted=list(TRUSTED)), classes)
@@ -79,7 +83,9 @@ def linear(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimat
 
 def knn(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
     """20 nearest neighbours on the unit sphere, weighted by distance."""
-    model = make_pipeline(Normalizer(), KNeighborsClassifier(min(20, len(features)), weights="distance"))
+    model = make_pipeline(
+        Normalizer(), KNeighborsClassifier(min(20, len(features)), weights="distance", algorithm="brute")
+    )
     fitted: BaseEstimator = model.fit(features, truth)
     return fitted
 
