@@ -22,7 +22,7 @@ from cluster.errors import RayographError
 
 PHANTOMS = 600
 PRETRAIN_EPOCHS = 30
-TRANSFER_EPOCHS = 8
+FINETUNE_EPOCHS = 8
 FOLDS = 3
 WORKERS = 2
 GRACE_S = 30.0
@@ -96,15 +96,21 @@ def demo(config: DemoConfig, *, write_report: WriteReport) -> dict[str, object]:
 
 
 def steps(config: DemoConfig) -> dict[str, Step]:
-    """The commands in order: one dataset, one pretraining, the same transfer without it and from it."""
+    """The commands in order: one dataset, one pretraining, the same probe without it and from it, and a yardstick.
+
+    A linear probe asks what a network already knows, in seconds; the yardstick is what ImageNet weights reach when they
+    are fine-tuned.
+    """
     out = Path(config.out)
     dataset, pretrained = out / "dataset", out / "pretrain"
-    transfer = ("--folds", str(FOLDS), "--epochs", str(TRANSFER_EPOCHS))
+    probe = ("--task", "linear", "--folds", str(FOLDS))
+    finetune = ("--task", "finetune", "--folds", str(FOLDS), "--epochs", str(FINETUNE_EPOCHS))
     commands: dict[str, tuple[str, ...]] = {
         "dataset": ("ingest", config.data or f"phantom:{PHANTOMS}"),
         "pretrain": ("pretrain", str(dataset), "--epochs", str(PRETRAIN_EPOCHS), "--workers", str(WORKERS)),
-        "scratch": ("transfer", str(dataset), "--init", "none", *transfer),
-        "transfer": ("transfer", str(dataset), "--init", str(pretrained), *transfer),
+        "scratch": ("transfer", str(dataset), "--init", "none", *probe),
+        "transfer": ("transfer", str(dataset), "--init", str(pretrained), *probe),
+        "imagenet": ("transfer", str(dataset), "--init", "imagenet", *finetune),
     }
     extra = ("--overwrite",) if config.overwrite else ()
     return {name: Step((*words, "--out", str(out / name), *extra), out / name) for name, words in commands.items()}
@@ -112,8 +118,11 @@ def steps(config: DemoConfig) -> dict[str, Step]:
 
 def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[Part]:
     """The report's parts: the comparison first, then the command and result of each step, then their pictures."""
-    note = "Both runs use the same images, folds, epochs and seed. Intervals are 95 %."
-    headers = ("metric", "from scratch", "from the pretrained network", "difference")
+    note = (
+        "Both are linear probes of frozen features, on the same images, folds and seed; the last column is a yardstick, "
+        "ImageNet weights that were fine-tuned. Intervals are 95 %."
+    )
+    headers = ("metric", "random weights", "pretrained here", "difference", "ImageNet, fine-tuned")
     commands = tuple((name, step.text, _facts(summaries[name])) for name, step in chain.items())
     pictures = [(file, f"{name}: {file.stem}") for name, step in chain.items() for file in step.pictures()]
     return [
@@ -127,14 +136,14 @@ def verdict(summaries: dict[str, Any]) -> str:
     """One sentence on what pretraining changed, that claims no more than the intervals allow."""
     before, after = (summaries[name]["metrics"]["balanced_accuracy"] for name in ("scratch", "transfer"))
     if not (_is_complete(before) and _is_complete(after)):
-        return f"Undecided: balanced accuracy is {_interval(before)} from scratch and {_interval(after)} after it."
+        return f"Undecided: balanced accuracy is {_interval(before)} without and {_interval(after)} with pretraining."
     change = after["value"] - before["value"]
     word = "gained" if change >= 0 else "lost"
     apart = after["ci95"][0] > before["ci95"][1] or after["ci95"][1] < before["ci95"][0]
     doubt = "" if apart else "; the intervals overlap, so at this size that may be chance"
     return (
-        f"Pretraining {word} {abs(change):.3f} balanced accuracy: {_interval(before)} from scratch, "
-        f"{_interval(after)} from the pretrained network{doubt}."
+        f"Pretraining {word} {abs(change):.3f} balanced accuracy in a linear probe: {_interval(before)} with random "
+        f"weights, {_interval(after)} with the pretrained ones{doubt}."
     )
 
 
@@ -143,9 +152,18 @@ def _is_complete(metric: dict[str, Any]) -> bool:
 
 
 def _metric_rows(summaries: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-    before, after = summaries["scratch"]["metrics"], summaries["transfer"]["metrics"]
-    shared = [(name, before[name], after[name]) for name in METRICS if name in before and name in after]
-    return tuple((name, _interval(old), _interval(new), _change(old, new)) for name, old, new in shared)
+    before, after, yardstick = (summaries[name]["metrics"] for name in ("scratch", "transfer", "imagenet"))
+    shared = [name for name in METRICS if name in before and name in after and name in yardstick]
+    return tuple(
+        (
+            name,
+            _interval(before[name]),
+            _interval(after[name]),
+            _change(before[name], after[name]),
+            _interval(yardstick[name]),
+        )
+        for name in shared
+    )
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -172,7 +190,7 @@ def _number(value: object) -> str:
 
 
 def _summary(summaries: dict[str, Any]) -> dict[str, object]:
-    names = {"scratch": "scratch", "transfer": "pretrained"}
+    names = {"scratch": "scratch", "transfer": "pretrained", "imagenet": "imagenet"}
     metrics = {f"{new}_balanced_accuracy": summaries[old]["metrics"]["balanced_accuracy"] for old, new in names.items()}
     return {"metrics": metrics, "images": summaries["dataset"].get("images")}
 

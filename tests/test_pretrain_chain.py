@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -184,14 +185,10 @@ def test_one_worker_and_two_have_the_same_losses_up_to_rounding(pretrained: Pret
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "batch_size"), [(ONE_ROW, 8), ((), 1000)], ids=["one row", "one batch"])
-def test_two_workers_agree_with_one_also_where_there_is_little_to_share(
-    phantoms: Path, tmp_path: Path, where: tuple[str, ...], batch_size: int
-) -> None:
+def test_two_workers_agree_with_one_also_where_a_batch_has_one_row(phantoms: Path, tmp_path: Path) -> None:
     for workers in ("1", "2"):
-        changes = {"where": where, "batch_size": batch_size, "epochs": 3, "workers": workers}
-        summary = pretrain(pretrain_config(phantoms, tmp_path / workers, **changes))
-        assert summary["samples_seen"] == 3 * (1 if where else IMAGES)
+        config = pretrain_config(phantoms, tmp_path / workers, where=ONE_ROW, epochs=3, workers=workers)
+        assert pretrain(config)["samples_seen"] == 3
     np.testing.assert_allclose(losses_of(tmp_path / "2"), losses_of(tmp_path / "1"), rtol=1e-4)
 
 
@@ -207,33 +204,32 @@ def test_more_epochs_take_a_finished_run_further(pretrained: Pretrained, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["kill -9", "SIGTERM", "Ctrl-C"])
-def test_a_run_that_was_stopped_goes_on_to_the_losses_of_one_that_was_not(
-    pretrained: Pretrained, tmp_path: Path, way: str
+def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
+    pretrained: Pretrained, tmp_path: Path
 ) -> None:
     config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
-    with rayograph(*flags(config)) as process:
-        wait_until(lambda: under_way(config.out, 20) or process.popen.poll() is not None, START_S, "20 steps are done")
-        assert process.popen.poll() is None, process.said()
-        assert len(process.family()) > 3  # Ray's own and the workers: what is counted below can be seen
-        if way == "kill -9":
-            process.kill_group()
-        else:
-            process.signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGINT)
-            seconds = wait_until(lambda: process.popen.poll() is not None, 60, "the process has ended")
-            assert process.wait() == (75 if way == "SIGTERM" else 130), process.said()
-            assert seconds < 10
-            assert process.family() == set()
-            assert "the same command again goes on" in process.said().splitlines()[-1]
-            assert "Traceback" not in process.said()
-    done = len(steps_of(config.out))
-    assert 20 <= done < len(losses_of(pretrained.run)), "it was stopped midway"
-    assert not (Path(config.out) / "summary.json").exists()
+    for way, code, steps in ((signal.SIGTERM, 75, 20), (signal.SIGINT, 130, 60), (signal.SIGKILL, -9, 100)):
+        with rayograph(*flags(config)) as process:
+            reached = functools.partial(under_way, config.out, steps)
+            wait_until(lambda: reached() or process.popen.poll() is not None, START_S, f"{steps} steps are done")  # noqa: B023
+            assert process.popen.poll() is None, process.said()
+            assert len(process.family()) > 3  # Ray's own and the workers: what is looked for below can be seen
+            if way == signal.SIGKILL:
+                process.kill_group()
+            else:
+                process.signal(way)
+                assert process.wait(10) == code, process.said()
+                assert process.family() == set()
+                assert "the same command again goes on" in process.said().splitlines()[-1]
+                assert "Traceback" not in process.said()
+        assert steps <= len(steps_of(config.out)) < len(losses_of(pretrained.run)), "it was stopped midway"
+        assert not (Path(config.out) / "summary.json").exists()
     summary = pretrain(config)
     assert losses_of(config.out) == losses_of(pretrained.run)
     assert summary["samples_seen"] == pretrained.summary["samples_seen"]
-    started = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
-    assert started[0] == 0 and 0 < started[1] <= done and len(started) == 2
+    starts = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
+    assert len(starts) == 4
+    assert starts == sorted(starts) and starts[0] == 0 < starts[1]
 
 
 @pytest.mark.slow

@@ -17,13 +17,14 @@ from cluster.errors import RayographError
 
 
 def summaries(before: list[float | None], after: list[float | None]) -> dict[str, Any]:
-    """Summaries of the four steps, with balanced accuracies as value, low, high."""
+    """Summaries of the five steps, with balanced accuracies as value, low, high."""
     metrics = [{"balanced_accuracy": {"value": v, "ci95": [low, high]}} for v, low, high in (before, after)]
     return {
         "dataset": {"images": 600, "seconds": 12.34567},
         "pretrain": {"epochs": 3},
         "scratch": {"metrics": metrics[0]},
         "transfer": {"metrics": metrics[1]},
+        "imagenet": {"metrics": metrics[1]},
     }
 
 
