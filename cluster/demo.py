@@ -119,7 +119,7 @@ def steps(config: DemoConfig) -> dict[str, Step]:
 def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[Part]:
     """The report's parts: the comparison first, then the command and result of each step, then their pictures."""
     note = (
-        "Both are linear probes of frozen features, on the same images, folds and seed; the last column is a yardstick, "
+        "Both are linear probes of frozen features, on the same images, folds and seed; the last is a yardstick, "
         "ImageNet weights that were fine-tuned. Intervals are 95 %."
     )
     headers = ("metric", "random weights", "pretrained here", "difference", "ImageNet, fine-tuned")

@@ -19,7 +19,7 @@ from typing import Any
 from training.configs import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
-START_S = 120
+START_S = 180
 """How long anything may take that starts Ray, on a machine that is busy with something else."""
 
 
@@ -66,13 +66,12 @@ def losses_of(run: str | Path) -> list[float]:
     return [row["loss"] for row in steps]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Polls until `condition` holds; returns the seconds it took."""
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Polls until `condition` holds."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < timeout_s, f"after {timeout_s} s still not: {what}"
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def under_way(run: str | Path, steps: int) -> bool:
@@ -91,6 +90,11 @@ class Process:
         """The living processes of its session, itself included."""
         everyone = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
         return {pid for pid in everyone if _session(pid) == self.popen.pid}
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits for `condition`, in vain if the process ends before."""
+        wait_until(lambda: condition() or self.popen.poll() is not None, START_S, what)
+        assert self.popen.poll() is None, self.said()
 
     def signal(self, kind: signal.Signals) -> None:
         self.popen.send_signal(kind)

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.cli import main
 from tests.hostile import encoded
-from tests.runs import ROOT, START_S, Pretrained, rayograph, wait_until
+from tests.runs import ROOT, Pretrained, rayograph
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_labels_that_name_no_file_stop_ingest_until_they_are_mended(
 def test_a_second_writer_is_told_who_the_first_is(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = place / "o"
     with rayograph("ingest", "phantom:2000", "--out", str(out)) as first:
-        wait_until((out / "config.yaml").exists, START_S, "the first writer has begun")
+        first.until((out / "config.yaml").exists, "the first writer has begun")
         first.signal(signal.SIGSTOP)  # it must not finish meanwhile
         try:
             code = main(["ingest", "phantom:2000", "--out", "o"])

@@ -15,7 +15,7 @@ from PIL import Image
 from cluster.errors import DataError, UsageError
 from cluster.session import Resources
 from tests.hostile import NON_UTF8, encoded, picture, write_hostile
-from tests.runs import START_S, rayograph, wait_until
+from tests.runs import rayograph
 from training import phantom
 from training.configs import IngestConfig
 from training.dataset import Dataset
@@ -263,7 +263,7 @@ def test_a_medmnist_file_has_a_row_per_image_and_its_pixels_untouched(tmp_path: 
 def test_an_ingest_killed_with_kill_9_is_taken_up_by_the_same_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with rayograph("ingest", "phantom:2000", "--out", str(out), "--image-size", "32") as process:
-        wait_until(lambda: any(out.glob("shards/part-*")), START_S, "a first shard is written")
+        process.until(lambda: any(out.glob("shards/part-*")), "a first shard is written")
         process.kill_group()
     assert not (out / "summary.json").exists()
     with pytest.raises(UsageError, match="not a DATASET"):

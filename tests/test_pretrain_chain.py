@@ -210,9 +210,7 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
     config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
     for way, code, steps in ((signal.SIGTERM, 75, 20), (signal.SIGINT, 130, 60), (signal.SIGKILL, -9, 100)):
         with rayograph(*flags(config)) as process:
-            reached = functools.partial(under_way, config.out, steps)
-            wait_until(lambda: reached() or process.popen.poll() is not None, START_S, f"{steps} steps are done")  # noqa: B023
-            assert process.popen.poll() is None, process.said()
+            process.until(functools.partial(under_way, config.out, steps), f"{steps} steps are done")
             assert len(process.family()) > 3  # Ray's own and the workers: what is looked for below can be seen
             if way == signal.SIGKILL:
                 process.kill_group()

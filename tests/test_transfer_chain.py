@@ -16,7 +16,7 @@ import torch
 from cluster.errors import UsageError
 from cluster.session import Resources
 from tests.hostile import encoded, write_hostile
-from tests.runs import START_S, Pretrained, rayograph, wait_until
+from tests.runs import Pretrained, rayograph
 from training import metrics
 from training.artifact import load_model, read_card
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, TransferConfig
@@ -126,8 +126,7 @@ def test_an_interrupted_transfer_does_not_fit_finished_folds_again(
     folds = tmp_path / "run" / "folds"
     command = ["transfer", "--data", wanted.data, "--out", wanted.out, "--init", wanted.init, "--task", "finetune"]
     with rayograph(*command, "--folds", str(FOLDS), "--epochs", "6", "--workers", "1") as process:
-        wait_until(lambda: any(folds.glob("repeat-*")) or process.popen.poll() is not None, START_S, "one fold is done")
-        assert process.popen.poll() is None, process.said()
+        process.until(lambda: any(folds.glob("repeat-*")), "one fold is done")
         process.kill_group()
     assert not (tmp_path / "run" / "summary.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folds.glob("repeat-*")}

@@ -56,11 +56,11 @@ STUDIES = {
     "oct": Study(
         "Retina OCT (healthy / npdr / pdr, by patient; pretrained on all OCT)",
         "retina/index.csv",
-        ("--image-size", "80x192"),
-        ("--preset", "tiny", "--image-size", "60x144", "--epochs", "100", "--workers", "2", "--where", "modality=oct"),
+        ("--image-size", "64x160"),
+        ("--preset", "tiny", "--image-size", "48x120", "--epochs", "100", "--workers", "2", "--where", "modality=oct"),
         ("--where", "modality=oct"),
-        ("--image-size", "60x144"),
-        ("--image-size", "80x192"),
+        ("--image-size", "48x120"),
+        ("--image-size", "64x160"),
         (
             ("ImageNet, frozen, SVM, 224 px", "0.745", "0.422", "0.487"),
             ("ImageNet, fine-tuned, 128 px", "0.793", "0.589", "0.660"),
