@@ -121,7 +121,7 @@ ON_DATA: dict[str, tuple[str, int, str]] = {
     "weights that are no tensors": (
         "transfer --data DATA --out o --init broken.safetensors",
         2,
-        "--init broken.safetensors: not a safetensors file",
+        "broken.safetensors: not a safetensors file",
     ),
     "more folds than a class has groups": ("transfer --data DATA --out o --folds 50", 2, "fewer than --folds 50"),
     "a condition on no column": ("transfer --data DATA --out o --where modalty=oct", 2, "no column 'modalty'"),

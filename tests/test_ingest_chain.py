@@ -229,6 +229,21 @@ def test_extra_columns_and_ids_are_kept_and_the_same_source_gives_the_same_versi
     assert [row["image_id"] for row in manifest(tmp_path / "changed")] == [row["image_id"] for row in rows]
 
 
+@pytest.mark.parametrize("spelling", ["relative", "index", "file URI", "npz"])
+def test_a_source_is_found_however_it_is_spelt(tmp_path: Path, spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers do not share the working directory of the command."""
+    write_index(tmp_path / "my scans", distinct(3), [f"{n}.png,a,p{n}" for n in range(3)])
+    np.savez(tmp_path / "few.npz", train_images=np.stack([scan(n) for n in range(3)]))
+    monkeypatch.chdir(tmp_path)
+    source = {
+        "relative": "my scans",
+        "index": "my scans/index.csv",
+        "file URI": (tmp_path / "my scans").as_uri(),
+        "npz": "few.npz",
+    }[spelling]
+    assert ingest(config(source, Path("out")))["ok"] == 3
+
+
 def test_sub_folders_are_classes_and_unlabelled_is_none(tmp_path: Path) -> None:
     for at, (name, content) in enumerate(distinct(4).items()):
         folder = tmp_path / "in" / ("disease/cyst", "healthy", "Unlabelled", ".hidden")[at]

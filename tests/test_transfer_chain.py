@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -70,11 +71,12 @@ def unseen(ray_session: Resources, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_each_task_judges_every_labelled_image_once_per_repeat(
-    phantoms: Path, pretrained: Pretrained, tmp_path: Path, task: str
+    phantoms: Path, pretrained: Pretrained, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repeats = 1 if task == "finetune" else 2
-    run = tmp_path / "run"
-    summary = transfer(config(phantoms, run, init=str(pretrained.run), task=task, repeats=repeats))
+    repeats, run = 1 if task == "finetune" else 2, Path("run")
+    monkeypatch.chdir(tmp_path)  # Ray's workers are elsewhere: relative paths must not reach them
+    data, init = (Path(os.path.relpath(path)) for path in (phantoms, pretrained.run))
+    summary = transfer(config(data, run, init=str(init), task=task, repeats=repeats))
     rows = rows_of(run / "predictions.parquet")
     selection = Dataset.open(phantoms).select(labelled=True)
     truth = dict(zip(selection.column("image_id"), selection.column("label"), strict=True))
@@ -151,6 +153,7 @@ def test_a_class_with_fewer_groups_than_folds_is_refused_and_leaves_nothing(phan
 # A mark per patient tells nothing about new patients
 
 
+@pytest.mark.slow
 def test_marks_of_patients_with_random_labels_give_chance_by_group_and_much_more_by_image(
     ray_session: Resources, tmp_path: Path
 ) -> None:
@@ -206,6 +209,7 @@ def test_images_of_pretraining_alone_count_as_seen(probed: Path, tmp_path: Path,
         evaluate(EvaluateConfig(model=str(probed), data=str(tmp_path / "labelled"), out=str(tmp_path / "out")))
 
 
+@pytest.mark.slow
 def test_evaluate_judges_unseen_images_and_predict_agrees_number_by_number(
     probed: Path, unseen: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +262,7 @@ def test_predict_answers_a_hostile_folder_row_by_row(probed: Path, tmp_path: Pat
     assert summary["quarantined"] == sum(reason is not None for reason in expected.values())
 
 
+@pytest.mark.slow
 def test_a_second_predict_is_already_done_and_another_model_is_not(
     probed: Path, unseen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,7 +100,9 @@ def newest(folder: Path) -> tuple[State | None, list[str]]:
 def _load(path: Path) -> State:
     manifest: dict[str, Any] = storage.read_json(path / "checkpoint.json")
     if manifest["format"] > FORMAT:
-        raise NewerFormatError(f"{path}: checkpoint format {manifest['format']} is newer than this Rayograph's; upgrade")
+        raise NewerFormatError(
+            f"{path}: checkpoint format {manifest['format']} is newer than this Rayograph's; upgrade"
+        )
     file = path / "state.safetensors"
     if storage.sha256_file(file) != manifest["sha256"][file.name]:
         raise ValueError("its sha256 differs from its manifest")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,11 @@ class Rank:
     def _distribute(self) -> nn.Module:
         if self.world == 1:
             return self.module
-        return nn.parallel.DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers; 2.9 knows no other
+            return nn.parallel.DistributedDataParallel(
+                self.module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def run(self) -> None:
         with _Log(self) if self.rank == 0 else contextlib.nullcontext() as log:

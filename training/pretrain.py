@@ -27,7 +27,7 @@ from training.lineage import own_images, seen_by
 from training.loop import FAILURE, STOP, Job, Learner, build
 from training.methods import METHODS
 from training.transform import evaluation_view
-from training.weights import Wanted
+from training.weights import Wanted, located
 
 MAX_FEED_TASKS = 8
 """Reading tasks of one rank at the same time."""
@@ -95,7 +95,7 @@ def _refuse_early(config: PretrainConfig) -> None:
 def _job(config: PretrainConfig, out: Path, dataset: Dataset, selection: Selection, device: str, tasks: int) -> Job:
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
     wanted = Wanted(
-        init=config.init,
+        init=located(config.init),
         preset=config.preset,
         model=config.model,
         image_size=config.image_size,

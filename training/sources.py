@@ -119,11 +119,18 @@ def list_source(source: str, *, seed: int = 0, size: int = 128) -> Listing:
         return _phantoms(source, seed, size)
     if source.startswith("medmnist:"):
         return _npz(_download_medmnist(source.removeprefix("medmnist:")))
+    if storage.is_local(source):
+        source = str(storage.local_path(source))
     if source.lower().endswith(".npz"):
         return _npz(source)
     if source.lower().endswith((".csv", ".tsv", ".parquet")):
         return _index(source)
     return _folder(source)
+
+
+def _anywhere(source: str) -> str:
+    """`source` as it is found from any working directory: that of Ray's workers may be another one."""
+    return str(Path(source).absolute()) if storage.is_local(source) else source
 
 
 def _table(columns: dict[str, list[Any]]) -> pa.Table:
@@ -215,7 +222,7 @@ def _npz(source: str) -> Listing:
         columns["split"] += [split] * count
     if not columns["key"]:
         raise UsageError(f"{source}: no array named *_images; MedMNIST form has train_images, train_labels, …")
-    return Listing(_table(columns), NpzReader(source))
+    return Listing(_table(columns), NpzReader(_anywhere(source)))
 
 
 def _npz_labels(labels: np.ndarray, count: int, what: str) -> list[str]:
@@ -250,7 +257,7 @@ def _folder(source: str) -> Listing:
         raise UsageError(f"{source}: no image in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     labels = [_folder_label(_display(k)) for k in images]
     rows = _table({"key": images, "path": [_display(k) for k in images], "label": labels})
-    return Listing(rows, FileReader(source), ignored=len(keys) - len(images))
+    return Listing(rows, FileReader(_anywhere(source)), ignored=len(keys) - len(images))
 
 
 def _walk(root: bytes) -> Iterator[bytes]:
@@ -283,7 +290,7 @@ def _index(source: str) -> Listing:
     reserved = {"key", "frame"}
     extras = {_shown(k): list(map(_shown, v)) for k, v in columns.items() if k not in reserved}
     rows = _table({"key": keys, **extras})
-    return Listing(rows, FileReader(root))
+    return Listing(rows, FileReader(_anywhere(root)))
 
 
 def _clean_label(text: str) -> str:

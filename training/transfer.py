@@ -31,7 +31,7 @@ from training.lineage import own_images, seen_by
 from training.splits import Fold, cross_validation
 from training.tasks.finetune import Recipe
 from training.transform import Augmentation, evaluation_view
-from training.weights import Wanted, initial_weights
+from training.weights import Wanted, initial_weights, located
 
 
 def transfer(config: TransferConfig) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class _Study:
         config, dataset = self.config, self.dataset
         self.device = device
         self.wanted = Wanted(
-            init=config.init,
+            init=located(config.init),
             preset=config.preset,
             model=config.model,
             image_size=config.image_size,

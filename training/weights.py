@@ -56,6 +56,12 @@ class Wanted:
     """Further arguments of the timm constructor, such as drop_path_rate."""
 
 
+def located(init: str) -> str:
+    """`--init` as it is found from any working directory: that of Ray's workers may be another one."""
+    named = init in {"none", "imagenet"} or init.startswith(("timm:", "hf-hub:"))
+    return init if named or not Path(init).exists() else str(Path(init).absolute())
+
+
 def initial_weights(wanted: Wanted) -> Initial:
     """The network that `--init` names, adapted to the channels and size wanted.
 
