@@ -7,12 +7,14 @@ import io
 import os
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cluster.session import Resources  # before anything imports Ray: it sets what Ray reads at import
-from tests.runs import Pretrained
+
+if TYPE_CHECKING:
+    from tests.runs import Pretrained
 
 ROOT = Path(__file__).parents[1]
 EXPECTED_SKIPS = ("no GPU", "no real images", "not on this system")
@@ -51,7 +53,7 @@ def phantoms(ray_session: Resources, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def pretrained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
     """A finished, never interrupted RUN of two workers on `phantoms`, and what it printed."""
-    from tests.runs import pretrain_config
+    from tests.runs import Pretrained, pretrain_config
     from training.pretrain import pretrain
 
     config, printed = pretrain_config(phantoms, tmp_path_factory.mktemp("pretrained") / "run"), io.StringIO()

@@ -67,6 +67,8 @@ def fine_tune(
     torch.manual_seed(keyed.number("dropout", recipe.seed, *key) % 2**63)
     initial = initial_weights(recipe.wanted)
     network = with_classifier(initial.network, recipe).to(recipe.device)
+    if initial.architecture.patch is None:
+        network = network.to(memory_format=torch.channels_last)  # convolutions train 1.6 times as fast on a CPU
     optimizer = torch.optim.AdamW(layer_groups(network, recipe, initial), lr=recipe.lr)
     weight = class_weights(truth[train], recipe.classes).to(recipe.device)
     best, best_loss, best_epoch, history = None, float("inf"), recipe.epochs, []
@@ -80,7 +82,8 @@ def fine_tune(
         history.append(row)
     if best is not None:
         network.load_state_dict(best)
-    return Outcome(network.eval().cpu(), initial, best_epoch, history)
+    network = network.eval().cpu().to(memory_format=torch.contiguous_format)
+    return Outcome(network, initial, best_epoch, history)
 
 
 def with_classifier(network: nn.Module, recipe: Recipe) -> nn.Module:
