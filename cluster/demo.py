@@ -22,7 +22,7 @@ from cluster.errors import RayographError
 
 PHANTOMS = 600
 PRETRAIN_EPOCHS = 30
-FINETUNE_EPOCHS = 8
+FINETUNE_EPOCHS = 5
 FOLDS = 3
 WORKERS = 2
 GRACE_S = 30.0
