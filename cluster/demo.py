@@ -120,7 +120,7 @@ def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[Part]:
     """The report's parts: the comparison first, then the command and result of each step, then their pictures."""
     note = (
         "Both are linear probes of frozen features, on the same images, folds and seed; the last is a yardstick, "
-        "ImageNet weights that were fine-tuned. Intervals are 95 %."
+        "ImageNet weights that were fine-tuned. Intervals are 95 %." + _chance(summaries)
     )
     headers = ("metric", "random weights", "pretrained here", "difference", "ImageNet, fine-tuned")
     commands = tuple((name, step.text, _facts(summaries[name])) for name, step in chain.items())
@@ -145,6 +145,11 @@ def verdict(summaries: dict[str, Any]) -> str:
         f"Pretraining {word} {abs(change):.3f} balanced accuracy in a linear probe: {_interval(before)} with random "
         f"weights, {_interval(after)} with the pretrained ones{doubt}."
     )
+
+
+def _chance(summaries: dict[str, Any]) -> str:
+    classes = summaries["scratch"].get("classes", [])
+    return f" Guessing would reach a balanced accuracy of {1 / len(classes):.2f}." if classes else ""
 
 
 def _is_complete(metric: dict[str, Any]) -> bool:
