@@ -220,7 +220,9 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
                 assert process.family() == set()
                 assert "the same command again goes on" in process.said().splitlines()[-1]
                 assert "Traceback" not in process.said()
-        assert steps <= len(steps_of(config.out)) < len(losses_of(pretrained.run)), "it was stopped midway"
+        done, whole = len(steps_of(config.out)), len(losses_of(pretrained.run))
+        # workers notice the loss of their driver a moment after kill -9, and may be at the end by then
+        assert steps <= done and (done < whole or way == signal.SIGKILL), "it was stopped midway"
         assert not (Path(config.out) / "summary.json").exists()
     summary = pretrain(config)
     assert losses_of(config.out) == losses_of(pretrained.run)

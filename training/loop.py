@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import nn
 
 from cluster import storage
@@ -31,8 +32,9 @@ from training.schedule import parameter_groups, warmup_cosine
 from training.transform import Augmentation, Input, sample_draws, training_view
 from training.weights import Wanted, initial_weights
 
-STOP, FAILURE = ".stop", ".failure.json"
-"""Files in --out: the driver's request to stop at the next step, and a worker's deliberate error."""
+STOP, FAILURE, WRITER = ".stop", ".failure.json", ".writer"
+"""Files in --out: the driver's request to stop at the next step, a worker's deliberate error, and rank 0's lock."""
+WRITER_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Rank:
     def __init__(self, job: Job, rank: int, world: int, device: torch.device, threads: int) -> None:
         torch.set_num_threads(threads)
         self.job, self.rank, self.world, self.device = job, rank, world, device
+        self.writer = self._only_writer()
         self.config = job.config
         self.learner = build(job)
         self.module = self.learner.module.to(device)
@@ -127,6 +130,18 @@ class Rank:
         self.total_steps = self.config.epochs * self.plan.batches
         self.peak_lr = self.config.lr * self.config.batch_size / 256
         self.saved = time.monotonic()
+
+    def _only_writer(self) -> FileLock:
+        """Rank 0 holds the run's files, and every rank may read its checkpoints.
+
+        Workers outlive a driver that was killed by a moment: the same command again must not write beside them.
+        """
+        lock = FileLock(str(Path(self.job.out) / WRITER))
+        if self.rank == 0:
+            lock.acquire(timeout=WRITER_PATIENCE_S)
+        if self.world > 1:
+            dist.barrier()
+        return lock
 
     def _resume(self) -> Position:
         state, complaints = checkpoint.newest(self.job.checkpoints)
@@ -148,7 +163,7 @@ class Rank:
             )
 
     def run(self) -> None:
-        with _Log(self) if self.rank == 0 else contextlib.nullcontext() as log:
+        with self._released(), _Log(self) if self.rank == 0 else contextlib.nullcontext() as log:
             for batch in self._batches():
                 row = self.step(batch)
                 if log is not None:
@@ -159,6 +174,13 @@ class Rank:
                 if row["checkpoint"]:
                     self.save()
             self.save()
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.writer.release()
 
     def _batches(self) -> Iterator[Batch]:
         feed = Feed(
