@@ -9,7 +9,6 @@ import secrets
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +188,3 @@ def _init_local(cpus: int, store: int) -> Any:
             "worker_maximum_startup_concurrency": cpus,  # by default the real cores, with a warning beyond
         },
     )
-
-
-def scratch(prefix: str) -> Path:
-    """A new private folder for files that do not outlive the work."""
-    return Path(tempfile.mkdtemp(prefix=f"rayograph-{prefix}-"))

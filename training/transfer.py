@@ -22,7 +22,7 @@ from training import calibration, metrics
 from training.artifact import ModelCard, forward, model_folder, save_model
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection, leaves
-from training.device import count_workers, device_in
+from training.device import count_workers, device_in, threads_for
 from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
 from training.folds import run_folds
 from training.ingest import resolve_data
@@ -154,7 +154,7 @@ class _Study:
             augmentation=Augmentation(config.min_crop, config.flip, config.turns, config.jitter),
             seed=config.seed,
             device=self.device,
-            threads=max(1, cores() // workers),
+            threads=threads_for(workers),
         )
 
     def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, int]:
@@ -207,16 +207,18 @@ class _Study:
         return done
 
     def _judge(self) -> Judged:
-        """Out-of-fold predictions, each fold calibrated by the temperature of the other folds."""
+        """Out-of-fold predictions, each fold calibrated by the temperature of its repeat's other folds."""
         rows = np.concatenate([r.test for r in self.results])
         fold = np.concatenate([np.full(len(r.test), r.fold) for r in self.results])
         repeat = np.concatenate([np.full(len(r.test), r.repeat) for r in self.results])
         raw = np.concatenate([r.probabilities for r in self.results])
         truth = self.labels.truth[rows]
         calibrated = np.empty_like(raw)
-        for number in np.unique(fold):
-            mine = fold == number
-            temperature = calibration.fit_temperature(np.log(np.maximum(raw[~mine], 1e-12)), truth[~mine])
+        for one in self.results:
+            same, mine = repeat == one.repeat, fold == one.fold
+            # of the same repeat: another one's folds hold the very rows that are calibrated here
+            mine, others = same & mine, same & ~mine
+            temperature = calibration.fit_temperature(np.log(np.maximum(raw[others], 1e-12)), truth[others])
             calibrated[mine] = calibration.apply_temperature(raw[mine], temperature)
         groups = [self.labels.groups[r] for r in rows]
         summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed)
