@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from cluster.demo import DemoConfig, Part
 from cluster.doctor import DoctorConfig
 from cluster.errors import RayographError, StoppedError, UsageError
 from cluster.settings import load_yaml
+from serving.configs import IndexBuildConfig, IndexCheckConfig, IndexSearchConfig, ServeConfig
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
 
 STOPPED, INTERRUPTED = StoppedError.exit_code, 130
@@ -73,6 +75,35 @@ def embed(config: InferenceConfig) -> object:
     return run(config)
 
 
+def index_build(config: IndexBuildConfig) -> object:
+    """Build the index of a dataset's images under a model."""
+    from serving.index import build
+    from training.gallery import gallery
+
+    return build(config, gallery=gallery)
+
+
+def index_search(config: IndexSearchConfig) -> object:
+    """Show the images of an index that are nearest to one image."""
+    from serving.index import search
+
+    return search(config)
+
+
+def index_check(config: IndexCheckConfig) -> object:
+    """Say whether an index is whole: hashes, counts, recall."""
+    from serving.index import check
+
+    return check(config)
+
+
+def serve(config: ServeConfig) -> object:
+    """Answer classification and search over HTTP, with a web page."""
+    from serving.serve import serve as run
+
+    return run(config)
+
+
 def doctor(config: DoctorConfig = DoctorConfig()) -> int:  # noqa: B008 - frozen
     """Say what this machine has and lacks, and what to do about it."""
     from cluster.doctor import doctor as run
@@ -103,9 +134,17 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(evaluate, EvaluateConfig),
     "predict": Verb(predict, InferenceConfig),
     "embed": Verb(embed, InferenceConfig),
+    "index build": Verb(index_build, IndexBuildConfig),
+    "index search": Verb(index_search, IndexSearchConfig, resumable=False),
+    "index check": Verb(index_check, IndexCheckConfig, resumable=False),
+    "serve": Verb(serve, ServeConfig, resumable=False),
     "doctor": Verb(doctor, DoctorConfig, resumable=False),
     "demo": Verb(demo, DemoConfig),
 }
+
+
+FAMILIES = {"index": "Build, search and check the index of a dataset's images under a model."}
+"""What verbs of two words have in common."""
 
 
 def build_app() -> App:
@@ -122,8 +161,16 @@ def build_app() -> App:
         print_error=False,
         suppress_keyboard_interrupt=False,
     )
+    families: dict[str, App] = {}
     for order, (name, verb) in enumerate(VERBS.items()):
-        app.command(verb.run, name=name, sort_key=order)
+        first, _, second = name.partition(" ")
+        if not second:
+            app.command(verb.run, name=name, sort_key=order)
+            continue
+        if first not in families:
+            families[first] = App(name=first, help=FAMILIES[first], sort_key=order)
+            app.command(families[first])
+        families[first].command(verb.run, name=second)
 
     app.meta.suppress_keyboard_interrupt = False  # `main` says what happened and what to do
 
@@ -143,7 +190,7 @@ def build_app() -> App:
             Print the traceback of an error.
         """
         if config is not None:
-            app.config = (_settings(config, tokens[0] if tokens else ""),)
+            app.config = (_settings(config, _verb_of(list(tokens))),)
         return app(tokens)
 
     return app
@@ -177,7 +224,7 @@ def _run(tokens: list[str]) -> int:
 def _settings(path: str, name: str) -> Dict:
     if name not in VERBS:
         raise UsageError(f"--config {path}: name the verb first, as in `rayograph pretrain --config {path}`")
-    values = load_yaml(path, VERBS[name].config, verb=name)
+    values = load_yaml(path, VERBS[name].config, verb=name.replace(" ", "-"))
     return Dict(values, source=path, use_commands_as_keys=False)
 
 
@@ -265,7 +312,8 @@ def _again(tokens: list[str]) -> str:
 
 
 def _verb_of(tokens: list[str]) -> str:
-    return next((token for token in tokens if token in VERBS), "")
+    pairs = [f"{a} {b}" for a, b in pairwise(tokens)]
+    return next((words for words in [*pairs, *tokens] if words in VERBS), "")
 
 
 def _help_of(tokens: list[str]) -> str:

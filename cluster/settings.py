@@ -1,9 +1,9 @@
-"""`--config run.yaml`: read for the command line to convert like flags, and written from a config."""
+"""What all configs share, and `--config run.yaml`: read for the command line to convert like flags."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import yaml
 
@@ -13,6 +13,31 @@ from cluster.outdir import FORMAT, config_text
 
 HEADER = ("verb", "format")
 """Keys of a `config.yaml` that are not fields: which verb wrote it, and in which format version."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every verb's config shares: checked on construction, comparable, written as plain YAML."""
+
+    RUNTIME: ClassVar[frozenset[str]] = frozenset(
+        {"out", "overwrite", "workers", "device", "images", "checkpoint_s", "keep"}
+    )
+    """Fields that do not change the result, so they are left out when two configs are compared."""
+    RAISABLE: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may grow when an `--out` is taken up again."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result, as plain values."""
+        return {k: v for k, v in self.as_dict().items() if k not in self.RUNTIME}
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def _require(self, field: str, ok: bool, rule: str) -> None:
+        if not ok:
+            flag = field.replace("_", "-")
+            raise UsageError(f"--{flag} {getattr(self, field)}: {rule}")
 
 
 def load_yaml(path: str, config_class: type, *, verb: str) -> dict[str, Any]:

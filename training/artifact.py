@@ -19,6 +19,7 @@ from cluster import storage
 from cluster.errors import UsageError
 from training import lineage
 from training.calibration import apply_temperature
+from training.domain import REFERENCE, Domain, load_domain
 from training.encoder import Architecture
 from training.images import ImagePath
 from training.transform import Input, evaluation_view
@@ -82,48 +83,53 @@ class Model:
     card: ModelCard
     network: nn.Module
     estimator: Estimator | None
+    domain: Domain | None
+    """What its training set looked like; None where the run had no labelled images to measure it on."""
     device: str
     sha256: str
 
+    @torch.inference_mode()
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]."""
-        return self._run(pixels, batch_size)[0]
+        parts = []
+        for at in range(0, len(pixels), batch_size):
+            images = evaluation_view(pixels[at : at + batch_size], self.card.input, self.device)
+            parts.append(pooled(self.network, images).float().cpu().numpy())
+        return np.concatenate(parts)
 
-    def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3].
+    @torch.inference_mode()
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """Calibrated class probabilities float64 [N, K] of features [N, D], as `embed` gives them.
 
         Raises:
             UsageError: the model is an encoder without classes.
         """
-        return self.answer(pixels, batch_size)[1]
-
-    def answer(self, pixels: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """(features [N, D], calibrated probabilities [N, K]) from one pass of the network."""
         if self.card.head == "none":
             raise UsageError("this model is an encoder without classes; train one with: rayograph transfer --init RUN")
-        features, logits = self._run(pixels, batch_size)
         if self.estimator is not None:
             raw = self.estimator.probabilities(features)
         else:
-            raw = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
-        return features, apply_temperature(raw, self.card.temperature)
+            head: nn.Module = self.network.get_classifier()  # type: ignore[operator]
+            logits = head(torch.from_numpy(features).to(self.device)).float().cpu()
+            raw = torch.softmax(logits.double(), dim=1).numpy()
+        return apply_temperature(raw, self.card.temperature)
 
-    @torch.inference_mode()
-    def _run(self, pixels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        features, logits = [], []
-        for at in range(0, len(pixels), batch_size):
-            images = evaluation_view(pixels[at : at + batch_size], self.card.input, self.device)
-            f, z = forward(self.network, images)
-            features.append(f.float().cpu().numpy())
-            logits.append(z.float().cpu().numpy())
-        return np.concatenate(features), np.concatenate(logits)
+    def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3]; errors of `classify`."""
+        return self.classify(self.embed(pixels, batch_size))
 
 
 def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(pooled features [B, D], logits [B, K] or the features again) of a timm network."""
-    tokens = network.forward_features(images)  # type: ignore[operator]
-    features = network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+    features = pooled(network, images)
     return features, network.get_classifier()(features)  # type: ignore[operator]
+
+
+def pooled(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Pooled features [B, D] of a timm network."""
+    tokens = network.forward_features(images)  # type: ignore[operator]
+    features: torch.Tensor = network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+    return features
 
 
 def versions() -> dict[str, str]:
@@ -213,5 +219,6 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
         from training.tasks.frozen import load_estimator
 
         estimator = load_estimator((folder / HEAD).read_bytes(), len(card.classes))
+    domain = load_domain((folder / REFERENCE).read_bytes()) if REFERENCE in hashes else None
     network.requires_grad_(False)
-    return Model(card, network.eval().to(device), estimator, device, hashes[WEIGHTS])
+    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS])

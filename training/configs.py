@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, ClassVar, Literal
 
 from cyclopts import Parameter
 
 from cluster.errors import UsageError
+from cluster.settings import Config
 
 Task = Literal["finetune", "linear", "knn", "svm"]
 Split = Literal["group", "image"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """What every verb's config shares: checked on construction, comparable, written as plain YAML."""
-
-    RUNTIME: ClassVar[frozenset[str]] = frozenset(
-        {"out", "overwrite", "workers", "device", "images", "checkpoint_s", "keep"}
-    )
-    """Fields that do not change the result, so they are left out when two configs are compared."""
-    RAISABLE: ClassVar[frozenset[str]] = frozenset()
-    """Fields that may grow when an `--out` is taken up again."""
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that decide the result, as plain values."""
-        return {k: v for k, v in self.as_dict().items() if k not in self.RUNTIME}
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    def _require(self, field: str, ok: bool, rule: str) -> None:
-        if not ok:
-            flag = field.replace("_", "-")
-            raise UsageError(f"--{flag} {getattr(self, field)}: {rule}")
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @Parameter(name="*")
@@ -127,7 +104,7 @@ class PretrainConfig(Config):
     "Seconds between checkpoints."
     keep: int = 2
     "Checkpoints kept."
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     "Where training runs."
     overwrite: bool = False
     "Throw away what is at --out."
@@ -194,7 +171,7 @@ class TransferConfig(Config):
     "Folds fitted at the same time."
     seed: int = 0
     "Decides splits, order, augmentation and initial weights."
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     "Where training runs."
     images: bool = True
     "Pictures of the data in report.html."
@@ -228,7 +205,7 @@ class EvaluateConfig(Config):
     "Images per forward pass."
     seed: int = 0
     "Seed of the bootstrap."
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     "Where the model runs."
     images: bool = True
     "Pictures of the data in report.html."
@@ -254,7 +231,7 @@ class InferenceConfig(Config):
     "Images per forward pass."
     workers: str = "auto"
     "Model replicas working at the same time."
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     "Where the model runs."
     overwrite: bool = False
     "Replace the file at --out."

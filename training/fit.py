@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from training.domain import LARGEST, distances_to, sampled_rows
 from training.splits import Fold, cross_validation, hold_out
-from training.tasks.finetune import Recipe, fine_tune, predict_logits
+from training.tasks.finetune import Recipe, fine_tune, predict
 from training.tasks.frozen import ESTIMATORS, INNER_FOLDS, Frozen
 
 HELD_FRACTION = 0.15
 """Share of a fold's training groups that only chooses when to stop."""
+FOLD_REFERENCE = 2000
+"""Training rows that a fine-tuned fold measures distances to, at most."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class FoldResult:
     probabilities: np.ndarray
     best_epoch: int
     history: list[dict[str, float]]
+    distances: np.ndarray
+    """Of the test rows to the training rows, in this fold's own feature space; see `training.domain`."""
 
 
 def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:
@@ -44,20 +49,32 @@ def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold
     own = groups if labels.split == "group" else [str(r) for r in fold.train]
     train, held = hold_out(names, own, fraction=HELD_FRACTION, seed=recipe.seed + fold.repeat)
     outcome = fine_tune(recipe, pixels, labels.truth, fold.train[train], fold.train[held], fold.repeat, fold.fold)
-    logits = predict_logits(outcome.network, outcome.initial.input, pixels[fold.test], "cpu")
-    return FoldResult(fold.repeat, fold.fold, fold.test, _softmax(logits), outcome.best_epoch, outcome.history)
+    features, logits = predict(outcome.network, outcome.initial.input, pixels[fold.test], "cpu")
+    known = fold.train[sampled_rows(len(fold.train), FOLD_REFERENCE)]
+    reference, _ = predict(outcome.network, outcome.initial.input, pixels[known], "cpu")
+    distances = distances_to(reference, features)
+    return FoldResult(
+        fold.repeat, fold.fold, fold.test, _softmax(logits), outcome.best_epoch, outcome.history, distances
+    )
 
 
-def refit_network(recipe: Recipe, pixels: np.ndarray, labels: Labels, epochs: int) -> dict[str, np.ndarray]:
-    """Weights of the network trained on all rows for `epochs` of the recipe's schedule, as arrays by name."""
+def refit_network(
+    recipe: Recipe, pixels: np.ndarray, labels: Labels, epochs: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Weights by name of the network trained on all rows for `epochs` of the recipe's schedule, and features of the
+    rows that its domain keeps."""
     everything = np.arange(len(labels.truth))
     outcome = fine_tune(recipe, pixels, labels.truth, everything, everything[:0], "refit", stop_after=epochs)
-    return {k: v.numpy() for k, v in outcome.network.state_dict().items()}
+    kept = pixels[sampled_rows(len(pixels), LARGEST)]
+    features, _ = predict(outcome.network, outcome.initial.input, kept, "cpu")
+    return {k: v.numpy() for k, v in outcome.network.state_dict().items()}, features
 
 
 def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
     fitted = fit_frozen(task, features, labels, fold.train, classes, seed)
-    return FoldResult(fold.repeat, fold.fold, fold.test, fitted.probabilities(features[fold.test]), 0, [])
+    probabilities = fitted.probabilities(features[fold.test])
+    distances = distances_to(features[fold.train], features[fold.test])
+    return FoldResult(fold.repeat, fold.fold, fold.test, probabilities, 0, [], distances)
 
 
 def fit_frozen(task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int) -> Frozen:

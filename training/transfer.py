@@ -18,8 +18,8 @@ from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training import calibration, metrics
-from training.artifact import ModelCard, forward, model_folder, save_model
+from training import calibration, domain, metrics
+from training.artifact import HEAD, ModelCard, forward, model_folder, save_model
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
@@ -95,14 +95,15 @@ class _Study:
         self._prepare(device)
         self._announce(workers)
         if self.config.task == "finetune":
-            results, network, best = self._finetune(workers)
+            results, network, features, best = self._finetune(workers)
             estimator = None
         else:
-            results, network, estimator = self._frozen(workers)
+            results, network, features, estimator = self._frozen(workers)
             best = 0
         self.results = sorted(results, key=lambda r: (r.repeat, r.fold))
         self.judged = self._judge()
         self.best_epoch = best
+        self.domain = domain.learn(features, np.concatenate([r.distances for r in self.results]))
         self._write_model(network, estimator)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
@@ -157,23 +158,24 @@ class _Study:
             threads=threads_for(workers),
         )
 
-    def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, int]:
+    def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, int]:
         shared = (self._recipe(workers), self.pixels, self.labels)
         results = self._each_fold(finetune_fold, shared, workers)
         best = int(np.median([r.best_epoch for r in results]))
         say(f"refitting on all {len(self.selection):,} images for {best} epochs, the median of the folds")
         alone = (self._recipe(1), self.pixels, self.labels)
-        (state,) = run_folds(refit_network, alone, [(best,)], workers=1, gpu=self.device == "cuda")
+        ((state, features),) = run_folds(refit_network, alone, [(best,)], workers=1, gpu=self.device == "cuda")
         network = self.initial.architecture.build(len(self.classes))
         network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
-        return results, network, best
+        return results, network, features, best
 
-    def _frozen(self, workers: int) -> tuple[list[FoldResult], nn.Module, Any]:
+    def _frozen(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, Any]:
         features = self._features()
         task, count, seed = self.config.task, len(self.classes), self.config.seed
         results = self._each_fold(frozen_fold, (task, features, self.labels, count, seed), workers)
         everything = np.arange(len(self.labels.truth))
-        return results, self.initial.network, fit_frozen(task, features, self.labels, everything, count, seed)
+        estimator = fit_frozen(task, features, self.labels, everything, count, seed)
+        return results, self.initial.network, features, estimator
 
     def _features(self) -> np.ndarray:
         """Features of all labelled rows under the initial network, kept for an interrupted run."""
@@ -245,7 +247,8 @@ class _Study:
 
     def _write_model(self, network: nn.Module, estimator: Any) -> None:
         seen = own_images(self.selection) | seen_by(self.config.init)
-        files = [("head.skops", estimator.dumps())] if estimator is not None else []
+        files = [(domain.REFERENCE, self.domain.dumps())]
+        files += [(HEAD, estimator.dumps())] if estimator is not None else []
         save_model(self.out.path / "model", self._card(), network, seen=seen, files=files)
 
     def _write_predictions(self) -> None:
@@ -293,6 +296,7 @@ def _save_fold(folder: Path, result: FoldResult) -> None:
         "probabilities": result.probabilities,
         "best_epoch": np.asarray([result.best_epoch]),
         "history": history.reshape(-1, 3).astype(np.float64),
+        "distances": result.distances,
     }
     save_file(tensors, partial)
     storage.publish_file(partial, target)
@@ -300,11 +304,13 @@ def _save_fold(folder: Path, result: FoldResult) -> None:
 
 def _load_fold(folder: Path, fold: Fold) -> FoldResult | None:
     path = folder / f"repeat-{fold.repeat}-fold-{fold.fold}.safetensors"
-    if not path.exists():
+    values = load_file(path) if path.exists() else {}
+    if "distances" not in values:  # absent, or of a version that measured none
         return None
-    values = load_file(path)
     if not np.array_equal(values["test"], fold.test):
         raise UsageError(f"{path}: was computed for another split; use --overwrite or another --out")
     history = [{"epoch": e, "loss": x, "held_loss": h} for e, x, h in values["history"].tolist()]
     best = int(values["best_epoch"][0])
-    return FoldResult(fold.repeat, fold.fold, values["test"], values["probabilities"], best, history)
+    return FoldResult(
+        fold.repeat, fold.fold, values["test"], values["probabilities"], best, history, values["distances"]
+    )

@@ -91,9 +91,10 @@ def test_a_classifier_s_probabilities_are_the_softmax_at_its_temperature(
     model = load_model(tmp_path)
     with torch.no_grad():
         logits = network(evaluation_view(pixels(), card(architecture).input)).double()
-    features, probabilities = model.answer(pixels())
-    assert np.allclose(probabilities, torch.softmax(logits / 2.5, dim=1), atol=1e-9)
-    assert np.array_equal(features, model.embed(pixels()))
+    features = model.embed(pixels())
+    probabilities = model.classify(features)
+    assert np.allclose(probabilities, torch.softmax(logits / 2.5, dim=1), atol=1e-7)
+    assert np.array_equal(probabilities, model.probabilities(pixels()))
     weight = network.get_classifier().weight.detach().numpy()
     bias = network.get_classifier().bias.detach().numpy()
     assert np.allclose(features @ weight.T + bias, logits, atol=1e-4)

@@ -19,7 +19,7 @@ from training.tasks.finetune import (
     class_weights,
     fine_tune,
     layer_groups,
-    predict_logits,
+    predict,
     with_classifier,
 )
 from training.transform import Augmentation
@@ -158,7 +158,7 @@ def learnt() -> Outcome:
 
 def test_a_toy_is_learnt(learnt: Outcome) -> None:
     pixels, truth = stripes()
-    logits = predict_logits(learnt.network, learnt.initial.input, pixels[40:], "cpu")
+    logits = predict(learnt.network, learnt.initial.input, pixels[40:], "cpu")[1]
     assert logits.shape == (8, 2) and logits.dtype == np.float32
     assert (logits.argmax(axis=1) == truth[40:]).all()
     assert not learnt.network.training
@@ -169,7 +169,7 @@ def test_the_history_has_a_row_for_each_epoch_and_the_best_is_kept(learnt: Outco
     assert [row["epoch"] for row in learnt.history] == [1, 2, 3, 4]
     held = [row["held_loss"] for row in learnt.history]
     assert learnt.best_epoch == 1 + int(np.argmin(held))
-    logits = torch.from_numpy(predict_logits(learnt.network, learnt.initial.input, pixels[32:40], "cpu"))
+    logits = torch.from_numpy(predict(learnt.network, learnt.initial.input, pixels[32:40], "cpu")[1])
     by_hand = F.cross_entropy(logits, torch.from_numpy(truth[32:40]))  # balanced classes weigh the same
     assert float(by_hand) == pytest.approx(min(held), rel=1e-4)
 
@@ -272,6 +272,8 @@ def test_the_test_rows_of_a_fold_change_nothing_but_their_own_prediction() -> No
 def test_refitting_uses_every_row_and_gives_the_network_s_arrays() -> None:
     pixels, _ = stripes(16)
     truth = np.arange(16) // 2 % 2
-    state = refit_network(recipe(epochs=2), pixels, labels_of(truth), 1)
+    state, features = refit_network(recipe(epochs=2), pixels, labels_of(truth), 1)
     expected = fine_tune(recipe(epochs=2), pixels, truth, np.arange(16), NO_ROWS, "refit", stop_after=1)
     assert all(np.array_equal(state[name], tensor.numpy()) for name, tensor in weights_of(expected).items())
+    reference, _ = predict(expected.network, expected.initial.input, pixels, "cpu")
+    assert np.allclose(features, reference, atol=1e-6)

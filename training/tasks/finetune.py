@@ -157,20 +157,20 @@ def _one_epoch(
     return total / len(order)
 
 
-@torch.inference_mode()
 def _loss(
     network: nn.Module, shown: Input, weight: torch.Tensor, pixels: np.ndarray, truth: np.ndarray, device: str
 ) -> float:
-    logits = torch.from_numpy(predict_logits(network, shown, pixels, device))
+    logits = torch.from_numpy(predict(network, shown, pixels, device)[1])
     return float(F.cross_entropy(logits, torch.as_tensor(truth), weight=weight.cpu()))
 
 
 @torch.inference_mode()
-def predict_logits(network: nn.Module, shown: Input, pixels: np.ndarray, device: str) -> np.ndarray:
-    """Logits float32 [N, K] by the evaluation transform."""
+def predict(network: nn.Module, shown: Input, pixels: np.ndarray, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """(features [N, D], logits [N, K]), both float32, by the evaluation transform."""
     network.eval()
-    parts = [
-        forward(network, evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device))[1].float().cpu().numpy()
-        for at in range(0, len(pixels), EVALUATION_BATCH)
-    ]
-    return np.concatenate(parts)
+    features, logits = [], []
+    for at in range(0, len(pixels), EVALUATION_BATCH):
+        f, z = forward(network, evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device))
+        features.append(f.float().cpu().numpy())
+        logits.append(z.float().cpu().numpy())
+    return np.concatenate(features), np.concatenate(logits)

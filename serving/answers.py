@@ -1,0 +1,58 @@
+"""What the endpoints say: plain values from probabilities, distances and hits. No HTTP and no Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+WORDS = {
+    True: "This image resembles those of the training set.",
+    False: "Nothing like this was in training: do not trust the classes below.",
+    None: "This model keeps no training images to compare with, so it cannot tell an image that is unlike them.",
+}
+
+
+def in_domain(distance: float | None, typicality: float | None, threshold: float, limit: float) -> dict[str, Any]:
+    """Whether an image is like the training set; see `training.domain`. All unknown where the model keeps none."""
+    answer = None if typicality is None else typicality >= limit
+    return {
+        "answer": answer,
+        "typicality": typicality,
+        "distance": distance,
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "message": WORDS[answer],
+    }
+
+
+def ranked(classes: Sequence[str], probabilities: Sequence[float]) -> list[dict[str, Any]]:
+    """The leaves with their probabilities, likeliest first."""
+    pairs = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])
+    return [{"label": label, "probability": float(p)} for label, p in pairs]
+
+
+def tree(classes: Sequence[str], probabilities: Sequence[float]) -> dict[str, Any]:
+    """The class tree: a node's probability is the sum of its children's; children likeliest first."""
+    root: dict[str, Any] = {"label": "", "probability": 0.0, "children": []}
+    for label, probability in zip(classes, probabilities, strict=True):
+        node = root
+        node["probability"] += float(probability)
+        parts = label.split("/")
+        for depth in range(1, len(parts) + 1):
+            node = _child(node, "/".join(parts[:depth]))
+            node["probability"] += float(probability)
+    return _sorted(root)
+
+
+def _child(node: dict[str, Any], label: str) -> dict[str, Any]:
+    children: list[dict[str, Any]] = node["children"]
+    known = next((child for child in children if child["label"] == label), None)
+    if known is None:
+        known = {"label": label, "probability": 0.0, "children": []}
+        children.append(known)
+    return known
+
+
+def _sorted(node: dict[str, Any]) -> dict[str, Any]:
+    children = sorted((_sorted(child) for child in node["children"]), key=lambda c: -c["probability"])
+    return {"label": node["label"], "probability": node["probability"], "children": children}

@@ -1,0 +1,484 @@
+"""The HTTP interface: a FastAPI application over a `Backend`. Knows no Ray; limits and keys are `serving.door`'s."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+from serving.answers import in_domain, ranked, tree
+from serving.configs import MOST_HITS
+from training.images import ImagePath, UnreadableImage, decode, to_channels
+
+PAGE = Path(__file__).parent / "page"
+MOST_IMAGES = 64
+"""Most images of one multipart request."""
+KEPT = 256
+"""Feature vectors kept, so that classifying and searching one image runs the encoder once."""
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Busy(Exception):  # noqa: N818 - what the backend says, not what is wrong with it
+    """The backend's queue is full."""
+
+
+class Unanswered(Exception):  # noqa: N818
+    """The backend lost the request, as when a replica dies; the same request again may succeed."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of one image: probabilities of the leaves [K] or None for an encoder, and its place in the training domain."""
+
+    probabilities: list[float] | None
+    distance: float | None
+    typicality: float | None
+
+
+class Backend(Protocol):
+    """What computes; raises `Busy` and `Unanswered`."""
+
+    async def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """Features float32 [D] of stored pixels uint8 [H, W, C]."""
+
+    async def judge(self, features: np.ndarray) -> Judgement: ...
+
+    async def search(
+        self, features: np.ndarray, k: int, group: str | None, labelled: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(hits, facts of the index)."""
+
+    async def ready(self) -> None:
+        """Returns when every part answers."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served: plain values, so that they travel."""
+
+    name: str
+    sha256: str
+    classes: tuple[str, ...]
+    image_path: dict[str, Any]
+    channels: int
+    metrics: dict[str, Any]
+    threshold: float
+    """Distance at which `in_domain` turns false; infinite where nothing is refused."""
+    limit: float
+    index: dict[str, Any] | None
+    body_bytes: int
+    timeout_s: float
+
+    @property
+    def model(self) -> dict[str, str]:
+        return {"name": self.name, "sha256": self.sha256}
+
+
+# What the answers look like, for the OpenAPI document; examples are of a Pap smear model.
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class ModelName(BaseModel):
+    name: str
+    sha256: str
+
+
+class Fault(BaseModel):
+    code: str
+    message: str
+
+
+class Error(BaseModel):
+    """Every error."""
+
+    error: Fault
+
+
+class Domain(BaseModel):
+    """Whether the image is like the training set; `answer` is null where the model cannot tell."""
+
+    answer: bool | None
+    typicality: float | None
+    distance: float | None
+    threshold: float | None
+    message: str
+
+
+class Class(BaseModel):
+    label: str
+    probability: float
+
+
+class Node(BaseModel):
+    label: str
+    probability: float
+    children: list[Node]
+
+
+class Classified(BaseModel):
+    """Leaves, likeliest first, with calibrated probabilities; `tree` sums them up to the root."""
+
+    classes: list[Class]
+    tree: Node
+    in_domain: Domain
+    model: ModelName
+
+
+class Hit(BaseModel):
+    id: str
+    score: float
+    label: str
+    group: str
+    thumbnail: str
+
+
+class Found(BaseModel):
+    """Nearest images of the index, best first; `score` is the cosine similarity, `thumbnail` a data URI."""
+
+    hits: list[Hit]
+    index: dict[str, Any]
+    in_domain: Domain
+    model: ModelName
+
+
+class Embedded(BaseModel):
+    """The feature vector, as the encoder gives it."""
+
+    embedding: list[float]
+    in_domain: Domain
+    model: ModelName
+
+
+class ItemError(BaseModel):
+    error: Fault
+
+
+class Many(BaseModel):
+    """Answers of a request with several images, in their order; one that cannot be read spoils no other."""
+
+    results: list[Classified | Found | Embedded | ItemError]
+
+
+class Fail(Exception):  # noqa: N818
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"code": self.code, "message": self.message}}
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error, "description": words}
+    for status, words in {
+        400: "The image cannot be read, or the request is malformed",
+        401: "A valid key is required",
+        408: "The upload was too slow",
+        409: "This server has no classes, or no index",
+        413: "The body is too large",
+        422: "A parameter is out of range",
+        429: "Too many requests at once; see Retry-After",
+        503: "A part of the server is starting again; see Retry-After",
+        504: "The answer took too long",
+    }.items()
+}
+IMAGE = {"type": "string", "format": "binary"}
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "The image: a multipart field `image` (up to 64 of them), or the raw body.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "required": ["image"], "properties": {"image": IMAGE}},
+            },
+            "application/octet-stream": {"schema": IMAGE},
+        },
+    }
+}
+EXAMPLE_DOMAIN = {"answer": True, "typicality": 0.42, "distance": 0.12, "threshold": 0.31, "message": "…"}
+EXAMPLE_MODEL = {"name": "pap-smear", "sha256": "5e41c917f503"}
+LEAVES: list[dict[str, Any]] = [
+    {"label": "abnormal/severe_dysplasia", "probability": 0.75},
+    {"label": "normal/columnar", "probability": 0.25},
+]
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "classify": {
+        "classes": LEAVES,
+        "tree": {
+            "label": "",
+            "probability": 1.0,
+            "children": [
+                {
+                    "label": n["label"].split("/")[0],
+                    "probability": n["probability"],
+                    "children": [{**n, "children": []}],
+                }
+                for n in LEAVES
+            ],
+        },
+        "in_domain": EXAMPLE_DOMAIN,
+        "model": EXAMPLE_MODEL,
+    },
+    "search": {
+        "hits": [
+            {
+                "id": "3b36e84c6bf05e6b92a7",
+                "score": 0.91,
+                "label": "abnormal/severe_dysplasia",
+                "group": "slide-17",
+                "thumbnail": "data:image/jpeg;base64,…",
+            }
+        ],
+        "index": {"vectors": 917, "kind": "flat", "recall_at_10": 1.0, "snapshot": "000001"},
+        "in_domain": EXAMPLE_DOMAIN,
+        "model": EXAMPLE_MODEL,
+    },
+    "embed": {"embedding": [0.1, -0.2], "in_domain": EXAMPLE_DOMAIN, "model": EXAMPLE_MODEL},
+}
+
+
+def _described(name: str) -> dict[str, Any]:
+    example = {"application/json": {"example": EXAMPLES[name]}}
+    return {"responses": {200: {"content": example}, **ERRORS}, "openapi_extra": BODY}
+
+
+Neighbours = Annotated[int, Query(ge=1, le=MOST_HITS, description="Neighbours wanted.")]
+Excluded = Annotated[str | None, Query(max_length=500, description="Leave out images of this group (patient, slide).")]
+Labelled = Annotated[bool, Query(description="Find only labelled images.")]
+
+
+class Desk:
+    """Images in, answers out: decodes off the event loop, keeps recent features, bounds every answer's time."""
+
+    def __init__(self, service: Service, backend: Backend, threads: int = 2) -> None:
+        self.service, self.backend = service, backend
+        self.path = ImagePath.from_dict(service.image_path)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.kept: OrderedDict[bytes, asyncio.Task[np.ndarray]] = OrderedDict()
+
+    async def features(self, content: bytes) -> np.ndarray:
+        """Features [D] of an encoded image.
+
+        Raises:
+            Fail: it cannot be read.
+        """
+        key = hashlib.sha256(content).digest()
+        task = self.kept.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.create_task(self._compute(content))
+            self.kept[key] = task
+            while len(self.kept) > KEPT:
+                self.kept.popitem(last=False)
+        return await asyncio.shield(task)
+
+    async def _compute(self, content: bytes) -> np.ndarray:
+        try:
+            pixels = await asyncio.get_running_loop().run_in_executor(self.pool, self._decode, content)
+        except UnreadableImage as error:
+            raise Fail(400, "unreadable_image", f"the image cannot be read: {error.reason}") from error
+        return await self.backend.embed(pixels)
+
+    def _decode(self, content: bytes) -> np.ndarray:
+        return to_channels(decode(content, self.path), self.service.channels)
+
+    async def classify(self, content: bytes) -> dict[str, Any]:
+        judged = await self.backend.judge(await self.features(content))
+        if judged.probabilities is None:
+            raise Fail(409, "no_classes", "this model is an encoder without classes")
+        return {
+            "classes": ranked(self.service.classes, judged.probabilities),
+            "tree": tree(self.service.classes, judged.probabilities),
+            **self._ending(judged),
+        }
+
+    async def search(self, content: bytes, k: int, group: str | None, labelled: bool) -> dict[str, Any]:
+        if self.service.index is None:
+            raise Fail(409, "no_index", "this server was started without an index")
+        features = await self.features(content)
+        (hits, index), judged = await asyncio.gather(
+            self.backend.search(features, k, group, labelled), self.backend.judge(features)
+        )
+        return {"hits": hits, "index": index, **self._ending(judged)}
+
+    async def embed(self, content: bytes) -> dict[str, Any]:
+        features = await self.features(content)
+        return {"embedding": [float(v) for v in features], **self._ending(await self.backend.judge(features))}
+
+    def _ending(self, judged: Judgement) -> dict[str, Any]:
+        service = self.service
+        domain = in_domain(judged.distance, judged.typicality, service.threshold, service.limit)
+        return {"in_domain": domain, "model": service.model}
+
+    async def answer(self, request: Request, one: Callable[[bytes], Awaitable[dict[str, Any]]]) -> Response:
+        """The answer to a request with one image, or the list of answers to one with several.
+
+        Raises:
+            Fail: no image, or the only one cannot be read; or the time is over.
+        """
+        images = await images_of(request)
+        try:
+            async with asyncio.timeout(self.service.timeout_s):
+                if len(images) == 1:
+                    return JSONResponse(await one(images[0]))
+                answers = await asyncio.gather(*(_or_error(one, image) for image in images))
+        except TimeoutError:
+            raise Fail(504, "timeout", f"no answer within {self.service.timeout_s:g} seconds") from None
+        return JSONResponse({"results": answers})
+
+
+async def _or_error(one: Callable[[bytes], Awaitable[dict[str, Any]]], image: bytes) -> dict[str, Any]:
+    try:
+        return await one(image)
+    except Fail as error:
+        if error.status != 400:
+            raise
+        return error.body()
+
+
+async def images_of(request: Request) -> list[bytes]:
+    """The images of a request: its multipart fields `image`, or its raw body.
+
+    Raises:
+        Fail: there is none, or the form is malformed.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        body = await request.body()
+        if not body:
+            raise Fail(400, "no_image", "the body is empty; send the image as it, or as a multipart field `image`")
+        return [body]
+    try:
+        async with request.form(max_files=MOST_IMAGES, max_fields=16, max_part_size=1 << 16) as form:
+            parts = form.getlist("image")
+            files = [await part.read() for part in parts if isinstance(part, UploadFile)]
+    except (MultiPartException, HTTPException, ValueError) as error:
+        detail = getattr(error, "detail", None) or getattr(error, "message", None) or "malformed"
+        raise Fail(400, "bad_request", f"the multipart form cannot be read: {detail}"[:200]) from error
+    if not files:
+        raise Fail(400, "no_image", "the form has no file field `image`")
+    return files
+
+
+def create_app(service: Service, backend: Backend) -> FastAPI:
+    """The application: /v1/classify, /v1/search, /v1/embed, /v1/model, /healthz, /readyz and the page."""
+    app = FastAPI(
+        title="Rayograph",
+        description="Classification of medical images and search for similar ones. Research use, not a medical device.",
+        version="1",
+        docs_url=None,  # they fetch scripts from elsewhere
+        redoc_url=None,
+    )
+    desk = Desk(service, backend)
+
+    @app.post("/v1/classify", response_model=Classified | Many, **_described("classify"))
+    async def classify(request: Request) -> Response:
+        """What is this? Calibrated probabilities of the classes."""
+        return await desk.answer(request, desk.classify)
+
+    @app.post("/v1/search", response_model=Found | Many, **_described("search"))
+    async def search(
+        request: Request, k: Neighbours = 10, not_group: Excluded = None, labelled: Labelled = False
+    ) -> Response:
+        """Show known images like it."""
+        return await desk.answer(request, lambda image: desk.search(image, k, not_group, labelled))
+
+    @app.post("/v1/embed", response_model=Embedded | Many, **_described("embed"))
+    async def embed(request: Request) -> Response:
+        """The feature vector of an image."""
+        return await desk.answer(request, desk.embed)
+
+    @app.get("/v1/model", response_model=Answer, responses={401: ERRORS[401]})
+    async def model() -> dict[str, Any]:
+        """What is served: model, index and limits."""
+        shown = {"classes": list(service.classes), "metrics": service.metrics, "image_size": _size(service)}
+        limits = {"max_body_bytes": service.body_bytes, "max_pixels": desk.path.max_pixels}
+        return {"model": service.model | shown, "index": service.index, "limits": limits}
+
+    @app.get("/healthz", response_model=Answer)
+    async def healthz() -> dict[str, str]:
+        """This process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", response_model=Answer, responses={503: ERRORS[503]})
+    async def readyz() -> dict[str, str]:
+        """Every part answers."""
+        try:
+            async with asyncio.timeout(5):
+                await backend.ready()
+        except (TimeoutError, Unanswered, Busy):
+            raise Fail(503, "not_ready", "a part of the server does not answer yet") from None
+        return {"status": "ready"}
+
+    _add_page(app)
+    _add_errors(app)
+    return app
+
+
+def _size(service: Service) -> str:
+    return f"{service.image_path['height']}x{service.image_path['width']}"
+
+
+def _add_page(app: FastAPI) -> None:
+    files = {p.name: p for p in PAGE.iterdir() if p.is_file()} if PAGE.is_dir() else {}
+    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(files["index.html"], headers=headers)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        if name not in files:
+            raise Fail(404, "not_found", "no such file")
+        return FileResponse(files[name], headers=headers)
+
+
+def _add_errors(app: FastAPI) -> None:
+    def said(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+        return JSONResponse({"error": {"code": code, "message": message}}, status, headers)
+
+    @app.exception_handler(Fail)
+    async def fail(request: Request, error: Fail) -> Response:
+        return said(error.status, error.code, error.message)
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> Response:
+        return said(429, "busy", "too many requests at once; come back in a second", {"Retry-After": "1"})
+
+    @app.exception_handler(Unanswered)
+    async def unanswered(request: Request, error: Unanswered) -> Response:
+        message = "a part of the server is starting again; come back in a second"
+        return said(503, "starting", message, {"Retry-After": "1"})
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return said(422, "bad_parameter", f"{where}: {first['msg']}"[:200])
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return said(error.status_code, "http", str(error.detail)[:200], dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return said(500, "internal", "something went wrong here; the server's log says what")

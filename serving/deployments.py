@@ -1,0 +1,232 @@
+"""The Ray Serve deployments: an encoder, a classifier, an index, and the ingress that HTTP requests come to.
+
+Only here and in `serving.serve` does serving know Ray. Each deployment is its own process: FAISS never meets torch, and
+the ingress imports neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import uvicorn
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serving.app import Busy, Judgement, Service, Unanswered, create_app
+from serving.door import Door, Limits
+
+Handle = DeploymentHandle[Any]
+CONNECTIONS = 1000
+"""Open connections; more are answered 503 at once."""
+TRIES = 3
+"""How often a part that died is asked again: every call computes, none changes anything."""
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where and for whom the ingress listens."""
+
+    host: str
+    port: int
+    limits: Limits
+    key_hashes: tuple[bytes, ...]
+
+
+class Encoder:
+    """Pixels to features, in batches of what waits while the one before is computed."""
+
+    def __init__(self, run: str, device: str, threads: int) -> None:
+        import torch
+
+        from training.artifact import load_model
+
+        # torch's thread count is the calling thread's own, and Ray has set OMP_NUM_THREADS=1
+        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self.model = self.thread.submit(load_model, run, device).result()
+        path, channels = self.model.card.image_path, self.model.card.input.channels
+        blank = np.zeros((1, path.height, path.width, channels), dtype=np.uint8)
+        self.thread.submit(self.model.embed, blank).result()  # the first pass is slow; it is nobody's request
+
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        self.embed.set_max_batch_size(settings["batch_size"])  # type: ignore[attr-defined]
+        self.embed.set_batch_wait_timeout_s(settings["batch_wait_s"])  # type: ignore[attr-defined]
+
+    def alive(self) -> bool:
+        return True
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
+    async def embed(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
+        """Features float32 [D] of each stored image uint8 [H, W, C]."""
+        loop = asyncio.get_running_loop()
+        features = await loop.run_in_executor(self.thread, self.model.embed, np.stack(pixels), len(pixels))
+        return list(features)
+
+
+class Classifier:
+    """Features to calibrated probabilities and to a place in the training domain."""
+
+    def __init__(self, run: str) -> None:
+        import torch
+
+        from training.artifact import load_model
+
+        torch.set_num_threads(1)
+        self.model = load_model(run)
+
+    def alive(self) -> bool:
+        return True
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
+    async def judge(self, features: list[np.ndarray]) -> list[tuple[Any, Any, Any]]:
+        """(probabilities or None, distance or None, typicality or None) of each feature vector [D]."""
+        values, model = np.stack(features), self.model
+        probabilities = model.classify(values).tolist() if model.card.head != "none" else [None] * len(values)
+        if model.domain is None:
+            return [(p, None, None) for p in probabilities]
+        distances = model.domain.distance(values)
+        typical = model.domain.typicality(distances)
+        return list(zip(probabilities, distances.tolist(), typical.tolist(), strict=True))
+
+
+class Neighbours:
+    """Features to the nearest images of an INDEX."""
+
+    def __init__(self, index: str) -> None:
+        from serving.index import open_index
+        from serving.snapshot import current
+
+        self.snapshot = current(index)
+        self.index = open_index(self.snapshot)
+
+    def alive(self) -> bool:
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        manifest = self.snapshot.manifest
+        return {
+            "vectors": manifest["vectors"],
+            "kind": manifest["kind"],
+            "recall_at_10": manifest["recall_at_10"],
+            "snapshot": self.snapshot.name,
+        }
+
+    def search(
+        self, features: np.ndarray, k: int, group: str | None, labelled: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        from serving.index import allowed_rows, hits
+
+        allowed = allowed_rows(self.snapshot, group, labelled)
+        scores, rows = self.index.search(features[None], k, allowed)
+        found = hits(self.snapshot, scores[0], rows[0])
+        pictures = self.snapshot.rows["thumbnail"].take([int(r) for r in rows[0] if r >= 0]).to_pylist()
+        for hit, picture in zip(found, pictures, strict=True):
+            hit["thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+        return found, self.facts()
+
+
+class Ingress:
+    """The HTTP server: reads, bounds and decodes requests, and puts answers together.
+
+    It listens by itself. Behind Serve's own proxy every request crosses a process more, whose queue holds whole bodies
+    without a bound: measured, see README.
+    """
+
+    async def __init__(  # type: ignore[misc] # Serve awaits it, so that the server starts in the replica's own loop
+        self,
+        service: Service,
+        listen: Listen,
+        encoder: Handle,
+        classifier: Handle,
+        index: Handle | None = None,
+    ) -> None:
+        parts = Parts(encoder, classifier, index)
+        await parts.ready()
+        if index is not None:
+            service = replace(service, index=await index.facts.remote())
+        self.door = Door(create_app(service, parts), listen.limits, listen.key_hashes)
+        self.socket = bound(listen.host, listen.port)
+        settings = uvicorn.Config(
+            self.door,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=75,
+            backlog=1024,
+            limit_concurrency=CONNECTIONS,
+            http="httptools",
+        )
+        self.server = uvicorn.Server(settings)
+        self.task = asyncio.get_running_loop().create_task(self.server.serve(sockets=[self.socket]))
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+            self.check_health()
+
+    def address(self) -> tuple[str, int]:
+        host, port = self.socket.getsockname()[:2]
+        return str(host), int(port)
+
+    def check_health(self) -> None:
+        if self.task.done():
+            raise RuntimeError("the HTTP server has ended")
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A listening socket; OSError where the address is taken."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(address)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+class Parts:
+    """The `Backend` of `serving.app` over the deployments' handles."""
+
+    def __init__(self, encoder: Handle, classifier: Handle, index: Handle | None) -> None:
+        self.encoder, self.classifier, self.index = encoder, classifier, index
+
+    async def embed(self, pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(await _ask(self.encoder.embed, pixels))
+
+    async def judge(self, features: np.ndarray) -> Judgement:
+        return Judgement(*await _ask(self.classifier.judge, features))
+
+    async def search(
+        self, features: np.ndarray, k: int, group: str | None, labelled: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        assert self.index is not None
+        found: tuple[list[dict[str, Any]], dict[str, Any]] = await _ask(self.index.search, features, k, group, labelled)
+        return found
+
+    async def ready(self) -> None:
+        for handle in (self.encoder, self.classifier, self.index):
+            if handle is not None:
+                await _ask(handle.alive)
+
+
+async def _ask(method: Any, *arguments: Any) -> Any:
+    """The method's answer, also where the replica that had the call died: another one is asked."""
+    for left in reversed(range(TRIES)):
+        try:
+            return await method.remote(*arguments)
+        except BackPressureError as error:
+            raise Busy from error
+        except RayTaskError:  # our own code failed, and would again
+            raise
+        except (DeploymentUnavailableError, RayError) as error:
+            if not left:
+                raise Unanswered from error
+    raise AssertionError

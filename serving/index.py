@@ -1,0 +1,246 @@
+"""The verb `index`: build, search, check. FAISS runs apart from torch, see `serving.apart`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import storage
+from cluster.errors import DataError, UsageError
+from cluster.outdir import OutDir
+from cluster.progress import say
+from serving import snapshot as snapshots
+from serving.apart import apart
+from serving.configs import IndexBuildConfig, IndexCheckConfig, IndexSearchConfig
+from serving.snapshot import Snapshot
+from training.artifact import load_model, model_folder, read_card
+from training.images import UnreadableImage, decode, to_channels
+
+Gallery = Callable[..., tuple[Path, dict[str, Any]]]
+"""`training.gallery.gallery`: handed in, because serving knows a model but not how datasets are read."""
+
+
+def build(config: IndexBuildConfig, *, gallery: Gallery) -> dict[str, Any]:
+    """The INDEX at `config.out` holds the dataset's images under the model; returns its summary.
+
+    Raises:
+        UsageError: no such model or data, or no image is left.
+    """
+    _, hashes = read_card(config.model)
+    digest = hashes["model.safetensors"]
+    opened = OutDir.open(
+        config.out,
+        verb="index-build",
+        config=config.as_dict(),
+        identity=config.identity(),
+        raisable={},
+        overwrite=config.overwrite,
+    )
+    with opened as out:
+        if out.state == "done":
+            return _same(config, out.summary(), digest)
+        started = time.monotonic()
+        folder, facts = gallery(
+            config.model,
+            config.data,
+            out=config.out,
+            where=config.where,
+            labelled=config.labelled,
+            device=config.device,
+            log=out.log,
+        )
+        manifest = {
+            "model": {"name": _name_of(config.model), "path": _folder(config.model), "sha256": digest},
+            **facts,
+        }
+        with tempfile.TemporaryDirectory(dir=out.path, prefix=".build-") as scratch, apart() as other:
+            measured = other.call(build_files, str(folder), scratch, config.kind, config.queries_per_second)
+            made = sorted(p for p in Path(scratch).iterdir() if p.is_file())
+            files = [folder / snapshots.VECTORS, folder / snapshots.ROWS, *made]
+            size = sum(p.stat().st_size for p in files if p.name != snapshots.ROWS)
+            measured["bytes_per_vector"] = size / measured["vectors"]
+            name = snapshots.publish(out.path, files, manifest | measured)
+        summary = measured | {"snapshot": name, "model_sha256": digest, "build_seconds": time.monotonic() - started}
+        out.finish(summary)
+        say(
+            f"done: {summary['vectors']:,} vectors, {summary['kind']}, recall of the ten nearest "
+            f"{summary['recall_at_10']:.3f}, {summary['search_ms']:.2f} ms a search: {config.out}"
+        )
+        return summary
+
+
+def _same(config: IndexBuildConfig, summary: dict[str, Any], digest: str) -> dict[str, Any]:
+    if summary["model_sha256"] != digest:
+        raise UsageError(
+            f"--out {config.out}: was built under what {config.model} held before; use --overwrite or another --out"
+        )
+    return summary
+
+
+def build_files(gallery: str, out: str, kind: str, queries_per_second: float) -> dict[str, Any]:
+    """What an index of that kind keeps lies in `out`; returns what was measured. Runs apart."""
+    from safetensors.numpy import load_file
+
+    from serving import indexes
+
+    vectors = load_file(Path(gallery) / snapshots.VECTORS)["vectors"]
+    index, measured = indexes.choose(vectors, kind, queries_per_second)
+    index.write(Path(out))
+    recall = indexes.recall_at_10(index, vectors)
+    return {
+        "kind": index.kind,
+        "vectors": len(vectors),
+        "dimensions": int(vectors.shape[1]),
+        "recall_at_10": recall,
+        **measured,
+    }
+
+
+def search(config: IndexSearchConfig) -> dict[str, Any]:
+    """The nearest images of the INDEX are printed; returns them as `/v1/search` would, without pictures.
+
+    Raises:
+        UsageError: the image cannot be read, the model is another one, or the query's group is not known.
+    """
+    snapshot = snapshots.current(config.index)
+    run = config.model or str(snapshot.manifest["model"].get("path", ""))
+    if not run or not Path(run).exists():
+        raise UsageError(f"{config.index}: its model is no longer at {run or 'a known place'}; give it with --model")
+    model = load_model(run)
+    snapshots.same_model(snapshot, model.sha256, run)
+    content = storage.read_bytes(config.image)
+    try:
+        pixels = to_channels(decode(content, model.card.image_path), model.card.input.channels)
+    except UnreadableImage as error:
+        raise UsageError(f"{config.image}: {error.reason}") from error
+    group = _group(config, snapshot, content) if config.not_same_group else None
+    allowed = allowed_rows(snapshot, group, config.labelled)
+    with apart() as other:
+        scores, rows = other.call(search_snapshot, str(snapshot.folder), model.embed(pixels[None]), config.k, allowed)
+    found = hits(snapshot, scores[0], rows[0])
+    _show(found, as_json=config.json)
+    return {"hits": found}
+
+
+def search_snapshot(
+    folder: str, queries: np.ndarray, k: int, allowed: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, rows) of a checked snapshot. Runs apart."""
+    index = open_index(snapshots.read(Path(folder)))
+    found: tuple[np.ndarray, np.ndarray] = index.search(queries, k, allowed)
+    return found
+
+
+def open_index(snapshot: Snapshot) -> Any:
+    """The FAISS index of a snapshot; call it only in a process without torch.
+
+    Raises:
+        DataError: the index file does not belong to the vectors.
+    """
+    from serving.indexes import INDEXES
+
+    kind = snapshot.manifest["kind"]
+    if kind not in INDEXES:
+        raise UsageError(f"{snapshot.folder}: an index of kind {kind!r}, which this Rayograph does not know; upgrade")
+    try:
+        return INDEXES[kind].read(snapshot.folder, snapshot.vectors)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{snapshot.folder}: cannot be read ({error}); build the index again") from error
+
+
+def allowed_rows(snapshot: Snapshot, group: str | None, labelled: bool) -> np.ndarray | None:
+    """bool [N]: the rows outside of `group` and, if asked, with a label; None where that is all of them."""
+    if group is None and not labelled:
+        return None
+    allowed = np.ones(len(snapshot.vectors), dtype=bool)
+    if group is not None:
+        allowed &= snapshot.groups != group
+    if labelled:
+        allowed &= snapshot.labelled
+    return allowed
+
+
+def hits(snapshot: Snapshot, scores: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
+    """id, cosine score, label and group of found rows, best first."""
+    found = [(float(s), int(r)) for s, r in zip(scores, rows, strict=True) if r >= 0]
+    table = snapshot.rows.take([r for _, r in found])
+    columns = {name: table[name].to_pylist() for name in ("image_id", "label", "group")}
+    return [
+        {
+            "id": columns["image_id"][at],
+            "score": score,
+            "label": columns["label"][at],
+            "group": columns["group"][at],
+        }
+        for at, (score, _) in enumerate(found)
+    ]
+
+
+def check(config: IndexCheckConfig) -> dict[str, Any]:
+    """The INDEX is whole: hashes, counts and recall are those of its build.
+
+    Raises:
+        DataError: a file is missing or changed, or recall fell short.
+    """
+    snapshot = snapshots.current(config.index)
+    with apart() as other:
+        recall = other.call(recall_of, str(snapshot.folder))
+    if recall < config.min_recall:
+        raise DataError(
+            f"{config.index}: recall of the ten nearest is {recall:.3f}, below {config.min_recall}; "
+            "build it again with --kind flat"
+        )
+    found = {"snapshot": snapshot.name, "vectors": len(snapshot.vectors), "recall_at_10": recall}
+    files = len(snapshot.manifest["sha256"])
+    print(
+        f"{config.index}: whole. Snapshot {snapshot.name}, {found['vectors']:,} vectors, "
+        f"{snapshot.manifest['kind']}, {files} files with the right sha256, recall of the ten nearest {recall:.3f}"
+    )
+    return found
+
+
+def recall_of(folder: str) -> float:
+    """Recall of a snapshot's index against exact search. Runs apart."""
+    from serving.indexes import recall_at_10
+
+    snapshot = snapshots.read(Path(folder))
+    return recall_at_10(open_index(snapshot), snapshot.vectors)
+
+
+def _group(config: IndexSearchConfig, snapshot: Snapshot, content: bytes) -> str:
+    if config.group:
+        return config.group
+    group = snapshot.group_of(hashlib.sha256(content).hexdigest())
+    if group is None:
+        raise UsageError(f"{config.image}: not an image of this index, so its group is not known; give it with --group")
+    return group
+
+
+def _folder(run: str) -> str:
+    return str(model_folder(run).resolve())
+
+
+def _name_of(run: str) -> str:
+    """The RUN's own name, also where its model folder was given."""
+    folder = model_folder(run).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"hits": found}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("id", "score", "label", "group", box=None, pad_edge=False)
+    for hit in found:
+        table.add_row(hit["id"], f"{hit['score']:.4f}", hit["label"] or "–", hit["group"])
+    Console(soft_wrap=True, markup=False, highlight=False).print(table)

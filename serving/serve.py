@@ -1,0 +1,195 @@
+"""The verb `serve`: the deployments come up under Ray Serve, and stay until they are stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.errors import ResourceError, UsageError
+from cluster.progress import say
+from cluster.session import Resources, cores, session
+from serving.configs import ServeConfig
+from serving.snapshot import current, same_model
+from training.artifact import load_model, model_folder
+
+SHORTEST_KEY = 16
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that answers at `url`."""
+
+    url: str
+
+
+def serve(config: ServeConfig) -> int:
+    """Answers until Ctrl-C or SIGTERM.
+
+    Raises:
+        UsageError: no such model or index, they do not belong together, the address cannot be had, or no key file
+            where one is needed.
+    """
+    with served(config) as running:
+        say(f"serving {config.model} at {running.url}  (open it in a browser; Ctrl-C stops)")
+        while True:
+            time.sleep(1)
+            _still_there()
+
+
+@contextmanager
+def served(config: ServeConfig) -> Iterator[Running]:
+    """The service runs inside the block; errors as `serve`."""
+    keys = key_hashes(config.api_keys)
+    if not keys and not is_loopback(config.host):
+        raise UsageError(
+            f"--host {config.host}: whoever reaches this address could ask; give --api-keys FILE (one key per line), "
+            "or serve on 127.0.0.1"
+        )
+    service = _service(config)
+    _try_address(config.host, config.port)
+    _prepare_environment()
+    with session(cpus=cores() + 2) as found:
+        from serving.deployments import Listen
+        from serving.door import Limits
+
+        limits = Limits(service.body_bytes, config.timeout_s, config.max_queue)
+        yield _start(config, service, Listen(config.host, config.port, limits, keys), found)
+        _stop()
+
+
+def key_hashes(path: str | None) -> tuple[bytes, ...]:
+    """SHA-256 of the keys in a file, one per line; blank lines and lines that start with # do not count.
+
+    Raises:
+        UsageError: no such file, it is readable by others, or holds no key or a short one.
+    """
+    if path is None:
+        return ()
+    file = Path(path)
+    lines = storage.read_bytes(path).decode("utf-8", "replace").splitlines()
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise UsageError(f"--api-keys {path}: holds no key; one per line, such as the output of: openssl rand -hex 32")
+    if any(len(key) < SHORTEST_KEY for key in keys):
+        raise UsageError(
+            f"--api-keys {path}: a key is shorter than {SHORTEST_KEY} characters; try openssl rand -hex 32"
+        )
+    if file.stat().st_mode & 0o077:
+        raise UsageError(f"--api-keys {path}: others can read this file; run: chmod 600 {path}")
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _try_address(host: str, port: int) -> None:
+    from serving.deployments import bound
+
+    try:
+        bound(host, port).close()
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
+
+
+def _service(config: ServeConfig) -> Any:
+    """What is served, after model and index were read whole and found to belong together."""
+    from serving.app import Service
+
+    model = load_model(config.model)
+    index = None
+    if config.index is not None:
+        snapshot = current(config.index)
+        same_model(snapshot, model.sha256, config.model)
+        index = {"snapshot": snapshot.name}
+    card, folder = model.card, model_folder(config.model).resolve()
+    return Service(
+        name=folder.parent.name if folder.name == "model" else folder.name,
+        sha256=model.sha256,
+        classes=card.classes,
+        image_path=card.image_path.as_dict(),
+        channels=card.input.channels,
+        metrics=card.metrics,
+        threshold=model.domain.threshold if model.domain else math.inf,
+        limit=model.domain.limit if model.domain else 0.0,
+        index=index,
+        body_bytes=config.max_body_mb * 2**20,
+        timeout_s=config.timeout_s,
+    )
+
+
+def _prepare_environment() -> None:
+    """What Ray's processes inherit; the user's own values win.
+
+    OpenMP threads that spin between two batches would take the cores from the process that reads requests.
+    """
+    for name, value in {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> Running:
+    from ray import serve as ray_serve
+    from ray.serve.schema import LoggingConfig
+
+    from serving.deployments import Classifier, Encoder, Ingress, Neighbours
+    from training.device import device_in
+
+    device = device_in(config.device, found)
+    run = str(model_folder(config.model).resolve())
+    gpu = 1 if device == "cuda" else 0
+    if gpu and found.gpus < config.replicas:
+        raise ResourceError(f"--replicas {config.replicas}: {found.gpus} GPUs are here; ask for at most that many")
+    shared = {"max_queued_requests": config.max_queue, "graceful_shutdown_timeout_s": 2, "health_check_period_s": 5}
+    small = {**shared, "max_ongoing_requests": 2 * config.max_queue, "ray_actor_options": {"num_cpus": 0}}
+    encoder = ray_serve.deployment(
+        **shared,
+        num_replicas=config.replicas,
+        max_ongoing_requests=max(2 * config.batch_size, 8),
+        user_config={"batch_size": config.batch_size, "batch_wait_s": config.batch_wait_ms / 1000},
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": gpu},
+    )(Encoder).bind(run, device, max(1, cores() // config.replicas))
+    classifier = ray_serve.deployment(**small)(Classifier).bind(run)
+    index = ray_serve.deployment(**small)(Neighbours).bind(str(Path(config.index).resolve())) if config.index else None
+    ingress = ray_serve.deployment(**small)(Ingress).bind(service, listen, encoder, classifier, index)
+    ray_serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING"))
+    handle = ray_serve.run(ingress, name="rayograph", route_prefix=None, logging_config=None)
+    host, port = handle.address.remote().result(timeout_s=60)
+    shown = f"[{host}]" if ":" in host else host
+    return Running(f"http://{shown}:{port}")
+
+
+def _still_there() -> None:
+    """Raises ResourceError where the application cannot come up again."""
+    from ray import serve as ray_serve
+
+    state = ray_serve.status().applications["rayograph"]
+    if state.status == "DEPLOY_FAILED":
+        raise ResourceError(f"the service cannot go on: {state.message[:300]}")
+
+
+def _stop() -> None:
+    from ray import serve as ray_serve
+
+    with suppress(Exception):
+        ray_serve.shutdown()
