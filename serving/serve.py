@@ -55,14 +55,14 @@ def served(config: ServeConfig) -> Iterator[Running]:
             "or serve on 127.0.0.1"
         )
     service = _service(config)
-    _try_address(config.host, config.port)
+    port = _try_address(config.host, config.port)
     _prepare_environment()
     with session(cpus=cores() + 2) as found:
         from serving.deployments import Listen
         from serving.door import Limits
 
         limits = Limits(service.body_bytes, config.timeout_s, config.max_queue)
-        yield _start(config, service, Listen(config.host, config.port, limits, keys), found)
+        yield _start(config, service, Listen(config.host, port, limits, keys), found)
         _stop()
 
 
@@ -98,11 +98,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _try_address(host: str, port: int) -> None:
+def _try_address(host: str, port: int) -> int:
+    """The port, or a free one for 0: the ingress takes it again when it has to start anew."""
     from serving.deployments import bound
 
     try:
-        bound(host, port).close()
+        with bound(host, port) as found:
+            return int(found.getsockname()[1])
     except OSError as error:
         raise UsageError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
 
@@ -160,8 +162,16 @@ def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> 
     gpu = 1 if device == "cuda" else 0
     if gpu and found.gpus < config.replicas:
         raise ResourceError(f"--replicas {config.replicas}: {found.gpus} GPUs are here; ask for at most that many")
-    shared = {"max_queued_requests": config.max_queue, "graceful_shutdown_timeout_s": 2, "health_check_period_s": 5}
-    small = {**shared, "max_ongoing_requests": 2 * config.max_queue, "ray_actor_options": {"num_cpus": 0}}
+    shared: dict[str, Any] = {
+        "max_queued_requests": config.max_queue,
+        "graceful_shutdown_timeout_s": 2,
+        "health_check_period_s": 5,
+    }
+    small: dict[str, Any] = {
+        **shared,
+        "max_ongoing_requests": 2 * config.max_queue,
+        "ray_actor_options": {"num_cpus": 0},
+    }
     encoder = ray_serve.deployment(
         **shared,
         num_replicas=config.replicas,

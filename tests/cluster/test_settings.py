@@ -10,8 +10,8 @@ import pytest
 
 from cluster.cli import VERBS, build_app
 from cluster.errors import UsageError
-from cluster.settings import dump_yaml, load_yaml
-from training.configs import Config, PretrainConfig
+from cluster.settings import Config, dump_yaml, load_yaml
+from training.configs import PretrainConfig
 
 REQUIRED = {"source": "some images", "data": "some images", "model": "run", "out": "out"}
 
