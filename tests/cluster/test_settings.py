@@ -13,7 +13,7 @@ from cluster.errors import UsageError
 from cluster.settings import Config, dump_yaml, load_yaml
 from training.configs import PretrainConfig
 
-REQUIRED = {"source": "some images", "data": "some images", "model": "run", "out": "out"}
+REQUIRED = {"source": "some images", "image": "cell.png", "index": "index", "data": "some images", "model": "run", "out": "out"}
 
 
 def load(tmp_path: Path, text: str) -> dict[str, Any]:
@@ -68,10 +68,10 @@ def test_the_config_of_every_verb_comes_back_from_its_own_yaml(
     names = {field.name for field in fields(config_class)}
     extra = {"where": ("modality=oct", "eye=left"), "image_size": "64x144", "window": "0:50", "workers": "1:2"}
     config = config_class(**{name: value for name, value in (REQUIRED | extra).items() if name in names})
-    (tmp_path / "run.yaml").write_text(dump_yaml(verb, config.as_dict()))
+    (tmp_path / "run.yaml").write_text(dump_yaml(verb.replace(" ", "-"), config.as_dict()))
     seen: list[object] = []
     monkeypatch.setitem(VERBS, verb, type(VERBS[verb])(_recorder(config_class, seen), config_class))
-    build_app().meta([verb, "--config", str(tmp_path / "run.yaml")])
+    build_app().meta([*verb.split(), "--config", str(tmp_path / "run.yaml")])
     assert seen == [config]
 
 
