@@ -225,7 +225,9 @@ def _settings(path: str, name: str) -> Dict:
     if name not in VERBS:
         raise UsageError(f"--config {path}: name the verb first, as in `rayograph pretrain --config {path}`")
     values = load_yaml(path, VERBS[name].config, verb=name.replace(" ", "-"))
-    return Dict(values, source=path, use_commands_as_keys=False)
+    for word in reversed(name.split()):  # flat, cyclopts would drop a field that is called like a verb
+        values = {word: values}
+    return Dict(values, source=path)
 
 
 def _version() -> str:
