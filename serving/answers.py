@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +12,14 @@ WORDS = {
 }
 
 
-def in_domain(distance: float | None, typicality: float | None, threshold: float, limit: float) -> dict[str, Any]:
+def in_domain(distance: float | None, typicality: float | None, limit: float) -> dict[str, Any]:
     """Whether an image is like the training set; see `training.domain`. All unknown where the model keeps none."""
     answer = None if typicality is None else typicality >= limit
     return {
         "answer": answer,
         "typicality": typicality,
         "distance": distance,
-        "threshold": threshold if math.isfinite(threshold) else None,
+        "limit": limit,
         "message": WORDS[answer],
     }
 

@@ -22,8 +22,11 @@ from starlette.formparsers import MultiPartException
 
 from serving.answers import in_domain, ranked, tree
 from serving.configs import MOST_HITS
+from training.domain import look_of
 from training.images import ImagePath, UnreadableImage, decode, to_channels
 
+Seen = tuple[np.ndarray, np.ndarray]
+"""Features [D] and picture statistics [S] of one image."""
 PAGE = Path(__file__).parent / "page"
 MOST_IMAGES = 64
 """Most images of one multipart request."""
@@ -58,7 +61,8 @@ class Backend(Protocol):
     async def embed(self, pixels: np.ndarray) -> np.ndarray:
         """Features float32 [D] of stored pixels uint8 [H, W, C]."""
 
-    async def judge(self, features: np.ndarray) -> Judgement: ...
+    async def judge(self, features: np.ndarray, look: np.ndarray) -> Judgement:
+        """By features [D] and picture statistics [S], see `training.domain.look_of`."""
 
     async def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool
@@ -79,9 +83,8 @@ class Service:
     image_path: dict[str, Any]
     channels: int
     metrics: dict[str, Any]
-    threshold: float
-    """Distance at which `in_domain` turns false; infinite where nothing is refused."""
     limit: float
+    """Typicality below which `in_domain` turns false."""
     index: dict[str, Any] | None
     body_bytes: int
     timeout_s: float
@@ -120,7 +123,7 @@ class Domain(BaseModel):
     answer: bool | None
     typicality: float | None
     distance: float | None
-    threshold: float | None
+    limit: float
     message: str
 
 
@@ -215,7 +218,7 @@ BODY: dict[str, Any] = {
         },
     }
 }
-EXAMPLE_DOMAIN = {"answer": True, "typicality": 0.42, "distance": 0.12, "threshold": 0.31, "message": "…"}
+EXAMPLE_DOMAIN = {"answer": True, "typicality": 0.42, "distance": 0.12, "limit": 0.01, "message": "…"}
 EXAMPLE_MODEL = {"name": "pap-smear", "sha256": "5e41c917f503"}
 LEAVES: list[dict[str, Any]] = [
     {"label": "abnormal/severe_dysplasia", "probability": 0.75},
@@ -274,10 +277,10 @@ class Desk:
         self.service, self.backend = service, backend
         self.path = ImagePath.from_dict(service.image_path)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self.kept: OrderedDict[bytes, asyncio.Task[np.ndarray]] = OrderedDict()
+        self.kept: OrderedDict[bytes, asyncio.Task[Seen]] = OrderedDict()
 
-    async def features(self, content: bytes) -> np.ndarray:
-        """Features [D] of an encoded image.
+    async def see(self, content: bytes) -> Seen:
+        """What an encoded image is to the model.
 
         Raises:
             Fail: it cannot be read.
@@ -291,18 +294,19 @@ class Desk:
                 self.kept.popitem(last=False)
         return await asyncio.shield(task)
 
-    async def _compute(self, content: bytes) -> np.ndarray:
+    async def _compute(self, content: bytes) -> Seen:
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self.pool, self._decode, content)
+            pixels, look = await asyncio.get_running_loop().run_in_executor(self.pool, self._decode, content)
         except UnreadableImage as error:
             raise Fail(400, "unreadable_image", f"the image cannot be read: {error.reason}") from error
-        return await self.backend.embed(pixels)
+        return await self.backend.embed(pixels), look
 
-    def _decode(self, content: bytes) -> np.ndarray:
-        return to_channels(decode(content, self.path), self.service.channels)
+    def _decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        pixels = to_channels(decode(content, self.path), self.service.channels)
+        return pixels, look_of(pixels[None])[0]
 
     async def classify(self, content: bytes) -> dict[str, Any]:
-        judged = await self.backend.judge(await self.features(content))
+        judged = await self.backend.judge(*await self.see(content))
         if judged.probabilities is None:
             raise Fail(409, "no_classes", "this model is an encoder without classes")
         return {
@@ -314,19 +318,19 @@ class Desk:
     async def search(self, content: bytes, k: int, group: str | None, labelled: bool) -> dict[str, Any]:
         if self.service.index is None:
             raise Fail(409, "no_index", "this server was started without an index")
-        features = await self.features(content)
+        features, look = await self.see(content)
         (hits, index), judged = await asyncio.gather(
-            self.backend.search(features, k, group, labelled), self.backend.judge(features)
+            self.backend.search(features, k, group, labelled), self.backend.judge(features, look)
         )
         return {"hits": hits, "index": index, **self._ending(judged)}
 
     async def embed(self, content: bytes) -> dict[str, Any]:
-        features = await self.features(content)
-        return {"embedding": [float(v) for v in features], **self._ending(await self.backend.judge(features))}
+        features, look = await self.see(content)
+        return {"embedding": [float(v) for v in features], **self._ending(await self.backend.judge(features, look))}
 
     def _ending(self, judged: Judgement) -> dict[str, Any]:
         service = self.service
-        domain = in_domain(judged.distance, judged.typicality, service.threshold, service.limit)
+        domain = in_domain(judged.distance, judged.typicality, service.limit)
         return {"in_domain": domain, "model": service.model}
 
     async def answer(self, request: Request, one: Callable[[bytes], Awaitable[dict[str, Any]]]) -> Response:

@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serving.app import Busy, Judgement, Service, Unanswered, create_app
+from serving.app import Busy, Judgement, Seen, Service, Unanswered, create_app
 from serving.door import Door, Limits
 
 Handle = DeploymentHandle[Any]
@@ -85,14 +85,13 @@ class Classifier:
         return True
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
-    async def judge(self, features: list[np.ndarray]) -> list[tuple[Any, Any, Any]]:
-        """(probabilities or None, distance or None, typicality or None) of each feature vector [D]."""
-        values, model = np.stack(features), self.model
+    async def judge(self, seen: list[Seen]) -> list[tuple[Any, Any, Any]]:
+        """(probabilities or None, distance or None, typicality or None) of each image's features [D] and look [S]."""
+        values, model = np.stack([features for features, _ in seen]), self.model
         probabilities = model.classify(values).tolist() if model.card.head != "none" else [None] * len(values)
         if model.domain is None:
             return [(p, None, None) for p in probabilities]
-        distances = model.domain.distance(values)
-        typical = model.domain.typicality(distances)
+        typical, distances = model.domain.judge(values, np.stack([look for _, look in seen]))
         return list(zip(probabilities, distances.tolist(), typical.tolist(), strict=True))
 
 
@@ -201,8 +200,8 @@ class Parts:
     async def embed(self, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(await _ask(self.encoder.embed, pixels))
 
-    async def judge(self, features: np.ndarray) -> Judgement:
-        return Judgement(*await _ask(self.classifier.judge, features))
+    async def judge(self, features: np.ndarray, look: np.ndarray) -> Judgement:
+        return Judgement(*await _ask(self.classifier.judge, (features, look)))
 
     async def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool

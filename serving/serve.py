@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -127,7 +126,6 @@ def _service(config: ServeConfig) -> Any:
         image_path=card.image_path.as_dict(),
         channels=card.input.channels,
         metrics=card.metrics,
-        threshold=model.domain.threshold if model.domain else math.inf,
         limit=model.domain.limit if model.domain else 0.0,
         index=index,
         body_bytes=config.max_body_mb * 2**20,

@@ -1,13 +1,17 @@
-"""Whether an image resembles what a model was trained on: its distance to the nearest training images, calibrated.
+"""Whether an image resembles what a model was trained on: how far it lies from the nearest training images, in the
+model's features and in plain picture statistics, both calibrated.
 
 Source: Sun et al., "Out-of-distribution Detection with Deep Nearest Neighbors", ICML 2022 (distances of normalised
-penultimate features). Ours: the mean over the nearest few instead of the k-th, and a conformal p-value in place of
-their fixed quantile, from distances measured out of fold: each image by a network that was not trained on its group.
+penultimate features). Ours: the mean over the nearest few instead of the k-th; a second distance of brightness, colour
+and sharpness, since features learnt for one task are blind to much that sets other pictures apart; and a conformal
+p-value in place of a fixed quantile, from distances measured out of fold: each image by a network that was not trained
+on its group.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -28,38 +32,56 @@ LARGEST = 10_000
 
 @dataclass(frozen=True)
 class Domain:
-    """Unit feature vectors [M, D] of the training set, and distances [Q] of its images measured out of fold, sorted."""
+    """What is kept of a training set of M images: unit features [M, D] and looks [M, S]; and of its Q images measured
+    out of fold, the distances to the others' features [Q] and looks [Q]."""
 
     vectors: np.ndarray
+    looks: np.ndarray
     distances: np.ndarray
+    look_distances: np.ndarray
     limit: ClassVar[float] = LIMIT
 
-    def distance(self, features: np.ndarray) -> np.ndarray:
-        """Mean cosine distance [N] of features [N, D] to their nearest training images."""
-        return distances_to(self.vectors, features)
+    def judge(self, features: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(typicality [N], feature distance [N]) of images by features [N, D] and looks [N, S].
 
-    def typicality(self, distance: np.ndarray) -> np.ndarray:
-        """[N] in 0..1: the share of known images that lie at least as far out, a conformal p-value."""
-        farther = len(self.distances) - np.searchsorted(self.distances, distance, side="left")
-        return np.asarray((farther + 1) / (len(self.distances) + 1))
-
-    @property
-    def threshold(self) -> float:
-        """The distance beyond which typicality falls below `LIMIT`; infinite where too few images are known for that.
-
-        With n known images no typicality is below 1 / (n + 1), so fewer than 100 can refuse nothing.
+        Typicality, in 0..1, is the share of known images that are at least as odd: a conformal p-value of the odder of
+        the two distances. With Q known images it is never below 1 / (Q + 1), so fewer than 100 can refuse nothing.
         """
-        allowed = int(np.floor(LIMIT * (len(self.distances) + 1)))
-        return float(self.distances[-allowed]) if allowed else float("inf")
+        distance = distances_to(self.vectors, features)
+        odd = self._oddness(distance, look_distances_to(self.looks, looks))
+        rank = np.searchsorted(self._known, odd, side="right")
+        return np.asarray((rank + 1) / (len(self._known) + 1)), distance
+
+    def _oddness(self, distance: np.ndarray, look_distance: np.ndarray) -> np.ndarray:
+        """The smaller share, over both distances, of known images that lie at least as far out: small is odd."""
+        shares = [
+            1 - np.searchsorted(known, found, side="left") / len(known)
+            for known, found in ((self._sorted[0], distance), (self._sorted[1], look_distance))
+        ]
+        return np.asarray(np.minimum(*shares))
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.sort(self.distances), np.sort(self.look_distances)
+
+    @cached_property
+    def _known(self) -> np.ndarray:
+        """Oddness of the known images themselves, sorted."""
+        return np.sort(self._oddness(self.distances, self.look_distances))
 
     def dumps(self) -> bytes:
-        return bytes(save({"vectors": self.vectors, "distances": self.distances}))
+        names = ("vectors", "looks", "distances", "look_distances")
+        return bytes(save({n: np.ascontiguousarray(getattr(self, n), dtype=np.float32) for n in names}))
 
 
-def learn(features: np.ndarray, out_of_fold: np.ndarray) -> Domain:
-    """The domain of a training set with these features [N, D] and out-of-fold distances [Q]."""
+def learn(features: np.ndarray, looks: np.ndarray, distances: np.ndarray, look_distances: np.ndarray) -> Domain:
+    """The domain of a training set of these features [M, D] and looks [M, S], and its out-of-fold distances [Q]."""
     rows = sampled_rows(len(features), LARGEST)
-    return Domain(_unit(features[rows]), np.sort(out_of_fold).astype(np.float32))
+    return Domain(
+        _unit(features[rows]),
+        looks[rows].astype(np.float32),
+        *(d.astype(np.float32) for d in (distances, look_distances)),
+    )
 
 
 def load_domain(content: bytes) -> Domain:
@@ -69,18 +91,38 @@ def load_domain(content: bytes) -> Domain:
         UsageError: it is damaged.
     """
     try:
-        values = load(content)
-        return Domain(values["vectors"], values["distances"])
-    except (SafetensorError, KeyError) as error:
+        return Domain(**load(content))
+    except (SafetensorError, TypeError) as error:
         raise UsageError(f"{REFERENCE}: damaged ({error})") from error
+
+
+def look_of(pixels: np.ndarray) -> np.ndarray:
+    """Looks float32 [N, S] of stored pixels uint8 [N, H, W, C]: per channel five quantiles, standard deviation and mean
+    slope along both axes, and the mean saturation."""
+    values = pixels.astype(np.float32) / 255
+    quantiles = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], axis=(1, 2))
+    parts = [
+        np.moveaxis(quantiles, 0, 1).reshape(len(values), -1),
+        values.std(axis=(1, 2)),
+        np.abs(np.diff(values, axis=1)).mean(axis=(1, 2)),
+        np.abs(np.diff(values, axis=2)).mean(axis=(1, 2)),
+        (values.max(axis=3) - values.min(axis=3)).mean(axis=(1, 2))[:, None],
+    ]
+    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def distances_to(reference: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Mean cosine distance float32 [N] of features [N, D] to their `NEAREST` of reference [M, D]."""
-    similar = _unit(features) @ _unit(reference).T
-    count = min(NEAREST, similar.shape[1])
-    nearest = np.partition(similar, similar.shape[1] - count, axis=1)[:, -count:]
-    return np.asarray(1 - nearest.mean(axis=1), dtype=np.float32)
+    return _nearest(1 - _unit(features) @ _unit(reference).T)
+
+
+def look_distances_to(reference: np.ndarray, looks: np.ndarray) -> np.ndarray:
+    """Mean Euclidean distance float32 [N] of looks [N, S] to their `NEAREST` of reference [M, S], each statistic in
+    units of its spread over the reference."""
+    centre, spread = reference.mean(axis=0), reference.std(axis=0) + 1e-3
+    a, b = (np.asarray((x - centre) / spread, dtype=np.float64) for x in (looks, reference))
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+    return _nearest(np.sqrt(np.maximum(squares, 0)))
 
 
 def sampled_rows(count: int, largest: int) -> np.ndarray:
@@ -88,6 +130,12 @@ def sampled_rows(count: int, largest: int) -> np.ndarray:
     if count <= largest:
         return np.arange(count)
     return np.sort(keyed.generator("reference", count).choice(count, largest, replace=False))
+
+
+def _nearest(distances: np.ndarray) -> np.ndarray:
+    """Mean [N] of the `NEAREST` smallest of distances [N, M]; of all where there are fewer."""
+    count = min(NEAREST, distances.shape[1])
+    return np.asarray(np.partition(distances, count - 1, axis=1)[:, :count].mean(axis=1), dtype=np.float32)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
 from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
 from training.folds import run_folds
+from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, figures_of, write_transfer_report
 from training.lineage import own_images, seen_by
@@ -103,7 +104,7 @@ class _Study:
         self.results = sorted(results, key=lambda r: (r.repeat, r.fold))
         self.judged = self._judge()
         self.best_epoch = best
-        self.domain = domain.learn(features, np.concatenate([r.distances for r in self.results]))
+        self.domain = self._domain(features)
         self._write_model(network, estimator)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
@@ -226,6 +227,17 @@ class _Study:
         summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed)
         temperature = calibration.fit_temperature(np.log(np.maximum(raw, 1e-12)), truth)
         return Judged(self.classes, rows, truth, calibrated, fold, repeat, dict(summary), temperature)
+
+    def _domain(self, features: np.ndarray) -> domain.Domain:
+        """What the training set looks like, from the features that the final network gives it."""
+        channels = self.initial.input.channels
+        looks = np.concatenate(
+            [domain.look_of(to_channels(self.pixels[[at]], channels)) for at in range(len(self.pixels))]
+        )
+        train = {(f.repeat, f.fold): f.train for f in self.folds}
+        far = [domain.look_distances_to(looks[train[r.repeat, r.fold]], looks[r.test]) for r in self.results]
+        kept = looks[domain.sampled_rows(len(looks), domain.LARGEST)] if len(features) < len(looks) else looks
+        return domain.learn(features, kept, np.concatenate([r.distances for r in self.results]), np.concatenate(far))
 
     def _card(self) -> ModelCard:
         return ModelCard(

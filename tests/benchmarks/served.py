@@ -47,7 +47,8 @@ def models(folder: Path) -> dict[str, Path]:
         stored = ImagePath(architecture.height, architecture.width)
         card = ModelCard(architecture, stored, shown, "network", tuple(f"kind/{n}" for n in range(7)))
         vectors = np.random.default_rng(0).normal(size=(900, 192)).astype(np.float32)
-        known = domain.learn(vectors, np.linspace(0.5, 1.5, 900))
+        looks = np.random.default_rng(1).random((900, 25)).astype(np.float32)
+        known = domain.learn(vectors, looks, np.linspace(0.5, 1.5, 900), np.linspace(1, 9, 900))
         save_model(found[name] / "model", card, network, files=[(domain.REFERENCE, known.dumps())])
     return found
 

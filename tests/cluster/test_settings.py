@@ -13,7 +13,14 @@ from cluster.errors import UsageError
 from cluster.settings import Config, dump_yaml, load_yaml
 from training.configs import PretrainConfig
 
-REQUIRED = {"source": "some images", "image": "cell.png", "index": "index", "data": "some images", "model": "run", "out": "out"}
+REQUIRED = {
+    "source": "some images",
+    "image": "cell.png",
+    "index": "index",
+    "data": "some images",
+    "model": "run",
+    "out": "out",
+}
 
 
 def load(tmp_path: Path, text: str) -> dict[str, Any]:
