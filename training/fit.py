@@ -45,7 +45,7 @@ def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold
     train, held = hold_out(names, own, fraction=HELD_FRACTION, seed=recipe.seed + fold.repeat)
     outcome = fine_tune(recipe, pixels, labels.truth, fold.train[train], fold.train[held], fold.repeat, fold.fold)
     logits = predict_logits(outcome.network, outcome.initial.input, pixels[fold.test], "cpu")
-    return FoldResult(fold.repeat, fold.fold, fold.test, _softmax(logits), outcome.best_epoch, outcome.history)
+    return FoldResult(fold.repeat, fold.fold, fold.test, softmax(logits), outcome.best_epoch, outcome.history)
 
 
 def refit_network(recipe: Recipe, pixels: np.ndarray, labels: Labels, epochs: int) -> dict[str, np.ndarray]:
@@ -53,6 +53,14 @@ def refit_network(recipe: Recipe, pixels: np.ndarray, labels: Labels, epochs: in
     everything = np.arange(len(labels.truth))
     outcome = fine_tune(recipe, pixels, labels.truth, everything, everything[:0], "refit", stop_after=epochs)
     return {k: v.numpy() for k, v in outcome.network.state_dict().items()}
+
+
+def refit_and_judge(
+    recipe: Recipe, pixels: np.ndarray, truth: np.ndarray, train: np.ndarray, test: np.ndarray, epochs: int
+) -> np.ndarray:
+    """Probabilities [T, K] of rows `test`, by a network trained on rows `train` as `refit_network` does on all."""
+    outcome = fine_tune(recipe, pixels, truth, train, train[:0], "refit", stop_after=epochs)
+    return softmax(predict_logits(outcome.network, outcome.initial.input, pixels[test], "cpu"))
 
 
 def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
@@ -76,6 +84,7 @@ def _inner_folds(names: list[str], groups: list[str], split: str) -> int:
     return max(2, min(INNER_FOLDS, *(units if split == "group" else images)))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities float64 [N, K]."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
