@@ -25,6 +25,7 @@ from cluster.doctor import DoctorConfig
 from cluster.errors import RayographError, StoppedError, UsageError
 from cluster.settings import load_yaml
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
+from tuning.configs import TuneConfig
 
 STOPPED, INTERRUPTED = StoppedError.exit_code, 130
 _REPEAT_S = 2.0
@@ -73,6 +74,13 @@ def embed(config: InferenceConfig) -> object:
     return run(config)
 
 
+def tune(config: TuneConfig) -> object:
+    """Search the settings of a verb; its best.yaml feeds that verb through --config."""
+    from tuning.study import tune as run
+
+    return run(config)
+
+
 def doctor(config: DoctorConfig = DoctorConfig()) -> int:  # noqa: B008 - frozen
     """Say what this machine has and lacks, and what to do about it."""
     from cluster.doctor import doctor as run
@@ -103,6 +111,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(evaluate, EvaluateConfig),
     "predict": Verb(predict, InferenceConfig),
     "embed": Verb(embed, InferenceConfig),
+    "tune": Verb(tune, TuneConfig),
     "doctor": Verb(doctor, DoctorConfig, resumable=False),
     "demo": Verb(demo, DemoConfig),
 }
