@@ -20,6 +20,8 @@ VALIDATION = 0.25
 """Share of the search's groups that judge its trials."""
 IN_FULL = 3
 """First trials, the defaults among them, that are never stopped early: they set the bar for those after them."""
+FEWEST = 4
+"""Groups of each class: one to judge the winner, one to judge trials, two to fit."""
 SPLITS = 20
 """Shuffles tried before a class is declared impossible to have on all sides."""
 
@@ -48,9 +50,9 @@ def split_sides(names: list[str], groups: list[str], *, holdout: float, seed: in
     classes = sorted(set(names))
     counts = {c: len({g for g, n in zip(groups, names, strict=True) if n == c}) for c in classes}
     rarest = min(classes, key=lambda c: counts[c])
-    if counts[rarest] < 3:
+    if counts[rarest] < FEWEST:
         raise UsageError(
-            f"class {rarest!r} has {counts[rarest]} groups, but a search needs at least 3 of each class: to fit, to "
+            f"class {rarest!r} has {counts[rarest]} groups, but a search needs {FEWEST} of each class: to fit, to "
             "choose, and to judge the choice on groups it never saw; add groups, or merge or drop the class"
         )
     label, group = np.asarray(names), np.asarray(groups)
