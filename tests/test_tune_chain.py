@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     assert summary["failed"] >= 1 and summary["completed"] == 3 - summary["failed"]
     for trial in trials_of(out):
         assert (trial["state"] == "failed") == (trial["value"] is None) == (trial["reason"] != "")
-        assert (trial["state"] == "failed") == (trial["lr"] > 1e20)
+        assert (trial["state"] == "failed") == (trial["lr"] > 1e10)
         assert re.match(r"\w+Error: .|$", trial["reason"])
     assert "Error: " in (out / "report.html").read_text()
 
@@ -206,6 +207,18 @@ def test_a_search_in_which_all_fails_says_why_and_runs_nothing_twice(
         ):
             tune(config(phantoms, tmp_path / "out", trials=2, epochs=1))
     assert starts(tmp_path / "out") == {0: 1, 1: 1}
+
+
+@pytest.mark.slow
+def test_stopped_by_sigterm_a_search_says_that_it_goes_on(phantoms: Path, tmp_path: Path) -> None:
+    wanted = config(phantoms, tmp_path / "out", epochs=30)
+    with rayograph("tune", *flags(wanted)) as process:
+        process.until(lambda: any("epoch" in row for row in rows_of(wanted.out)), "the first epoch is over")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 75
+        assert process.said().endswith("rayograph: stopped by SIGTERM; the same command again goes on\n")
+    assert not (tmp_path / "out" / ".ray").exists()
+    assert ledger_of(tmp_path / "out", phantoms) == {}
 
 
 @pytest.mark.slow
