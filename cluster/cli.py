@@ -27,6 +27,7 @@ from cluster.errors import RayographError, StoppedError, UsageError
 from cluster.settings import load_yaml
 from serving.configs import IndexBuildConfig, IndexCheckConfig, IndexSearchConfig, ServeConfig
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
+from tuning.configs import TuneConfig
 
 STOPPED, INTERRUPTED = StoppedError.exit_code, 130
 _REPEAT_S = 2.0
@@ -71,6 +72,13 @@ def predict(config: InferenceConfig) -> object:
 def embed(config: InferenceConfig) -> object:
     """Write the embedding of every image to a Parquet file."""
     from training.inference import embed as run
+
+    return run(config)
+
+
+def tune(config: TuneConfig) -> object:
+    """Search the settings of a verb; its best.yaml feeds that verb through --config."""
+    from tuning.study import tune as run
 
     return run(config)
 
@@ -134,6 +142,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(evaluate, EvaluateConfig),
     "predict": Verb(predict, InferenceConfig),
     "embed": Verb(embed, InferenceConfig),
+    "tune": Verb(tune, TuneConfig),
     "index build": Verb(index_build, IndexBuildConfig),
     "index search": Verb(index_search, IndexSearchConfig, resumable=False),
     "index check": Verb(index_check, IndexCheckConfig, resumable=False),

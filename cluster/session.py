@@ -7,14 +7,17 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from cluster.errors import ResourceError
+from cluster.errors import ResourceError, StoppedError
 
 OBJECT_STORE_BYTES = 2 * 1024**3
 """Largest object store of a local session: Rayograph streams, it does not cache data there."""
@@ -108,6 +111,7 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
 
     Raises:
         ResourceError: the cluster of `RAY_ADDRESS` cannot be joined.
+        StoppedError: SIGTERM came while this call's own session was up.
     """
     import ray
 
@@ -124,7 +128,8 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
         import ray.data  # sets up loggers of its own, as ray.init does: silence them after both
 
         undo += _quiet(log)
-        yield resources()
+        with _stoppable():
+            yield resources()
     finally:
         ray.shutdown()
         for logger, handler in undo:
@@ -132,6 +137,32 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
             logger.handlers = []
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM leaves the block as StoppedError, whatever Ray makes of it on its way.
+
+    `ray.init` puts a C++ handler that prints a stack and aborts a process that has not ended after 3 seconds beneath a
+    Python one that raises SystemExit, of which `ray.wait` makes one of another code. Must be entered when Ray is up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not asked:  # once: another one must not interrupt the clean-up
+            asked.append(number)
+            raise SystemExit(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as error:
+        if asked:
+            raise StoppedError("stopped by SIGTERM") from error
+        raise
 
 
 def _join() -> None:

@@ -99,6 +99,38 @@ def curves(
     _save(figure, path)
 
 
+def search_history(
+    points: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, ylabel: str, failed: Sequence[int] = ()
+) -> None:
+    """Draws trials as points, name -> (numbers [N], values [N]), and the best of the first name's so far as a line.
+
+    The first name is of the trials that may win. `failed` numbers have no value and stand at the lower edge.
+    """
+    figure, axes = _figure(6.4, 3.6)
+    last = max([*failed, *(n for x, _ in points.values() for n in np.asarray(x).tolist())], default=0)
+    for i, (name, (x, y)) in enumerate(points.items()):
+        numbers, values = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+        if i == 0 and len(numbers):
+            order = np.argsort(numbers)
+            steps, best = np.append(numbers[order], last), np.maximum.accumulate(values[order])
+            best = np.append(best, best[-1])
+            axes.step(steps, best, where="post", color=COLOURS[1], linewidth=1.4, label="best so far")
+        if len(numbers):
+            marker, face = ("o", COLOURS[0]) if i == 0 else ("o", "white")
+            axes.scatter(numbers, values, 30, marker=marker, facecolor=face, edgecolor=COLOURS[0], zorder=3, label=name)
+    if len(failed):
+        low = np.zeros(len(failed))
+        edge = axes.get_xaxis_transform()
+        axes.scatter(failed, low, 36, marker="x", color="#555555", transform=edge, clip_on=False, label="failed")
+    axes.set(xlabel="trial (0: the defaults)", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", which="major", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    _save(figure, path)
+
+
 def reconstructions(original: Pixels, masked: Pixels, reconstructed: Pixels, path: Path) -> None:
     """Draws three rows of K pictures [K,H,W,C] uint8 (C 1 or 3): original, masked, reconstruction."""
     rows = {"original": original, "masked": masked, "reconstruction": reconstructed}

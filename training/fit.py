@@ -54,7 +54,7 @@ def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold
     reference, _ = predict(outcome.network, outcome.initial.input, pixels[known], "cpu")
     distances = distances_to(reference, features)
     return FoldResult(
-        fold.repeat, fold.fold, fold.test, _softmax(logits), outcome.best_epoch, outcome.history, distances
+        fold.repeat, fold.fold, fold.test, softmax(logits), outcome.best_epoch, outcome.history, distances
     )
 
 
@@ -68,6 +68,14 @@ def refit_network(
     kept = pixels[sampled_rows(len(pixels), LARGEST)]
     features, _ = predict(outcome.network, outcome.initial.input, kept, "cpu")
     return {k: v.numpy() for k, v in outcome.network.state_dict().items()}, features
+
+
+def refit_and_judge(
+    recipe: Recipe, pixels: np.ndarray, truth: np.ndarray, train: np.ndarray, test: np.ndarray, epochs: int
+) -> np.ndarray:
+    """Probabilities [T, K] of rows `test`, by a network trained on rows `train` as `refit_network` does on all."""
+    outcome = fine_tune(recipe, pixels, truth, train, train[:0], "refit", stop_after=epochs)
+    return softmax(predict(outcome.network, outcome.initial.input, pixels[test], "cpu")[1])
 
 
 def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
@@ -93,6 +101,7 @@ def _inner_folds(names: list[str], groups: list[str], split: str) -> int:
     return max(2, min(INNER_FOLDS, *(units if split == "group" else images)))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities float64 [N, K]."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))

@@ -30,8 +30,8 @@ from training.ingest import resolve_data
 from training.judgement import Judged, figures_of, write_transfer_report
 from training.lineage import own_images, seen_by
 from training.splits import Fold, cross_validation
-from training.tasks.finetune import Recipe
-from training.transform import Augmentation, evaluation_view
+from training.tasks.finetune import Recipe, recipe_for
+from training.transform import evaluation_view
 from training.weights import Wanted, initial_weights, located
 
 
@@ -74,6 +74,22 @@ def _interval(metric: Any) -> str:
     return with_interval(metric["value"], metric["ci95"])
 
 
+def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
+    """The first weights that a transfer of this dataset starts from."""
+    return Wanted(
+        init=located(config.init),
+        preset=config.preset,
+        model=config.model,
+        image_size=config.image_size,
+        seed=config.seed,
+        device=device,
+        channels=dataset.channels,
+        mean=tuple(dataset.info["mean"]),
+        std=tuple(dataset.info["std"]),
+        extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
+    )
+
+
 class _Study:
     """One transfer: its rows, its folds, and what becomes of them."""
 
@@ -114,18 +130,7 @@ class _Study:
         """First weights and pixels, for the device that the session offers."""
         config, dataset = self.config, self.dataset
         self.device = device
-        self.wanted = Wanted(
-            init=located(config.init),
-            preset=config.preset,
-            model=config.model,
-            image_size=config.image_size,
-            seed=config.seed,
-            device=device,
-            channels=dataset.channels,
-            mean=tuple(dataset.info["mean"]),
-            std=tuple(dataset.info["std"]),
-            extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
-        )
+        self.wanted = wanted_for(config, dataset, device)
         self.initial = initial_weights(self.wanted)
         self.pixels = dataset.pixels(self.selection)
 
@@ -143,21 +148,7 @@ class _Study:
         )
 
     def _recipe(self, workers: int) -> Recipe:
-        config = self.config
-        return Recipe(
-            wanted=self.wanted,
-            classes=len(self.classes),
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            label_smoothing=config.label_smoothing,
-            augmentation=Augmentation(config.min_crop, config.flip, config.turns, config.jitter),
-            seed=config.seed,
-            device=self.device,
-            threads=threads_for(workers),
-        )
+        return recipe_for(self.config, self.wanted, len(self.classes), threads_for(workers))
 
     def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, int]:
         shared = (self._recipe(workers), self.pixels, self.labels)

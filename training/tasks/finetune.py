@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from training import keyed
 from training.artifact import forward
+from training.configs import TransferConfig
 from training.encoder import layer_of, seed_weights
 from training.schedule import decays, warmup_cosine
 from training.transform import Augmentation, Input, evaluation_view, sample_draws, training_view
@@ -20,6 +22,11 @@ from training.weights import Initial, Wanted, initial_weights
 
 WARMUP = 0.1
 EVALUATION_BATCH = 128
+PRETRAINED_LAYER_DECAY = 0.75
+"""What `--layer-decay` is for a pretrained ViT when nothing is said; 1 for everything else."""
+
+OnEpoch = Callable[[dict[str, float], np.ndarray], None]
+"""Told the history's row of an epoch, and the logits [H, K] of the held rows after it, where rows are held."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,24 @@ class Recipe:
     threads: int
 
 
+def recipe_for(config: TransferConfig, wanted: Wanted, classes: int, threads: int) -> Recipe:
+    """The recipe that `transfer` follows for its config; the network is built with the config's stochastic depth."""
+    return Recipe(
+        wanted=replace(wanted, extra=(("drop_path_rate", config.drop_path),)),
+        classes=classes,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay,
+        label_smoothing=config.label_smoothing,
+        augmentation=Augmentation(config.min_crop, config.flip, config.turns, config.jitter),
+        seed=config.seed,
+        device=wanted.device,
+        threads=threads,
+    )
+
+
 @dataclass(frozen=True)
 class Outcome:
     network: nn.Module
@@ -57,11 +82,12 @@ def fine_tune(
     held: np.ndarray,
     *key: object,
     stop_after: int | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Outcome:
     """A network trained on rows `train` of `pixels` (uint8 [N, H, W, C]), stopped where rows `held` were judged best.
 
     The schedule spans `recipe.epochs`, of which `stop_after` are done; with no held rows the last one counts. `key`
-    separates the randomness of folds and repeats.
+    separates the randomness of folds and repeats. What `on_epoch` raises ends the training.
     """
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(keyed.number("dropout", recipe.seed, *key) % 2**63)
@@ -76,9 +102,12 @@ def fine_tune(
         loss = _one_epoch(recipe, network, optimizer, initial.input, weight, pixels, truth, train, epoch, key)
         row = {"epoch": epoch + 1, "loss": loss}
         if len(held):
-            row["held_loss"] = _loss(network, initial.input, weight, pixels[held], truth[held], recipe.device)
+            _, logits = predict(network, initial.input, pixels[held], recipe.device)
+            row["held_loss"] = _loss(logits, weight, truth[held])
             if row["held_loss"] < best_loss:
                 best, best_loss, best_epoch = copy.deepcopy(network.state_dict()), row["held_loss"], epoch + 1
+            if on_epoch is not None:
+                on_epoch(row, logits)
         history.append(row)
     if best is not None:
         network.load_state_dict(best)
@@ -108,7 +137,8 @@ def layer_groups(network: nn.Module, recipe: Recipe, initial: Initial) -> list[d
     """AdamW groups with learning rates that fall by `layer_decay` per layer below the head (Bao et al. 2022)."""
     decay = recipe.layer_decay
     if decay is None:
-        decay = 0.75 if initial.architecture.patch is not None and recipe.wanted.init != "none" else 1.0
+        pretrained = initial.architecture.patch is not None and recipe.wanted.init != "none"
+        decay = PRETRAINED_LAYER_DECAY if pretrained else 1.0
     depth = {n: layer_of(network, n) for n, p in network.named_parameters() if p.requires_grad}
     top = max(depth.values())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -157,11 +187,8 @@ def _one_epoch(
     return total / len(order)
 
 
-def _loss(
-    network: nn.Module, shown: Input, weight: torch.Tensor, pixels: np.ndarray, truth: np.ndarray, device: str
-) -> float:
-    logits = torch.from_numpy(predict(network, shown, pixels, device)[1])
-    return float(F.cross_entropy(logits, torch.as_tensor(truth), weight=weight.cpu()))
+def _loss(logits: np.ndarray, weight: torch.Tensor, truth: np.ndarray) -> float:
+    return float(F.cross_entropy(torch.from_numpy(logits), torch.as_tensor(truth), weight=weight.cpu()))
 
 
 @torch.inference_mode()
