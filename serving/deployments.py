@@ -100,7 +100,7 @@ class Neighbours:
     """Features to the nearest images of an INDEX."""
 
     def __init__(self, index: str) -> None:
-        from serving.index import open_index
+        from serving.neighbours import open_index
         from serving.snapshot import current
 
         self.snapshot = current(index)
@@ -121,7 +121,7 @@ class Neighbours:
     def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        from serving.index import allowed_rows, hits
+        from serving.neighbours import allowed_rows, hits
 
         allowed = allowed_rows(self.snapshot, group, labelled)
         scores, rows = self.index.search(features[None], k, allowed)
