@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster import storage
 from cluster.errors import DataError, UsageError
 from cluster.outdir import OutDir
@@ -25,6 +23,7 @@ from serving.snapshot import Snapshot
 from training.artifact import load_model, model_folder, read_card
 from training.images import UnreadableImage, decode, to_channels
 
+SCRATCH = ".build-"
 Gallery = Callable[..., tuple[Path, dict[str, Any]]]
 """`training.gallery.gallery`: handed in, because serving knows a model but not how datasets are read."""
 
@@ -58,11 +57,13 @@ def build(config: IndexBuildConfig, *, gallery: Gallery) -> dict[str, Any]:
             device=config.device,
             log=out.log,
         )
+        for leftover in out.path.glob(f"{SCRATCH}*"):  # of a build that was killed
+            storage.remove(leftover)
         manifest = {
             "model": {"name": _name_of(config.model), "path": _folder(config.model), "sha256": digest},
             **facts,
         }
-        with tempfile.TemporaryDirectory(dir=out.path, prefix=".build-") as scratch, apart() as other:
+        with tempfile.TemporaryDirectory(dir=out.path, prefix=SCRATCH) as scratch, apart() as other:
             measured = other.call(build_files, str(folder), scratch, config.kind, config.queries_per_second)
             made = sorted(p for p in Path(scratch).iterdir() if p.is_file())
             files = [folder / snapshots.VECTORS, folder / snapshots.ROWS, *made]
