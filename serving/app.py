@@ -180,9 +180,10 @@ class Many(BaseModel):
 
 
 class Fail(Exception):  # noqa: N818
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
+        self.headers = None if retry_after is None else {"Retry-After": str(retry_after)}
 
     def body(self) -> dict[str, Any]:
         return {"error": {"code": self.code, "message": self.message}}
@@ -267,6 +268,14 @@ Excluded = Annotated[str | None, Query(max_length=500, description="Leave out im
 Labelled = Annotated[bool, Query(description="Find only labelled images.")]
 
 
+@dataclass
+class UnderWay:
+    """A computation and how many wait for it."""
+
+    task: asyncio.Task[np.ndarray]
+    waiting: int = 0
+
+
 class Desk:
     """Images in, answers out: decodes off the event loop, keeps recent features, bounds every answer's time."""
 
@@ -274,22 +283,35 @@ class Desk:
         self.service, self.backend = service, backend
         self.path = ImagePath.from_dict(service.image_path)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self.kept: OrderedDict[bytes, asyncio.Task[np.ndarray]] = OrderedDict()
+        self.kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.under_way: dict[bytes, UnderWay] = {}
 
     async def features(self, content: bytes) -> np.ndarray:
-        """Features [D] of an encoded image.
+        """Features [D] of an encoded image, computed once for all who ask meanwhile, and stopped when none is left.
 
         Raises:
             Fail: it cannot be read.
         """
         key = hashlib.sha256(content).digest()
-        task = self.kept.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(self._compute(content))
-            self.kept[key] = task
-            while len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
-        return await asyncio.shield(task)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        if key not in self.under_way:
+            self.under_way[key] = UnderWay(asyncio.create_task(self._compute(content)))
+        shared = self.under_way[key]
+        shared.waiting += 1
+        try:
+            features = await asyncio.shield(shared.task)
+        finally:
+            shared.waiting -= 1
+            if not shared.waiting or shared.task.done():
+                shared.task.cancel()  # else what nobody waits for would pile up, and hold its image
+                if self.under_way.get(key) is shared:
+                    del self.under_way[key]
+        self.kept[key] = features
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return features
 
     async def _compute(self, content: bytes) -> np.ndarray:
         try:
@@ -302,9 +324,10 @@ class Desk:
         return to_channels(decode(content, self.path), self.service.channels)
 
     async def classify(self, content: bytes) -> dict[str, Any]:
-        judged = await self.backend.judge(await self.features(content))
-        if judged.probabilities is None:
+        if not self.service.classes:
             raise Fail(409, "no_classes", "this model is an encoder without classes")
+        judged = await self.backend.judge(await self.features(content))
+        assert judged.probabilities is not None
         return {
             "classes": ranked(self.service.classes, judged.probabilities),
             "tree": tree(self.service.classes, judged.probabilities),
@@ -335,15 +358,19 @@ class Desk:
         Raises:
             Fail: no image, or the only one cannot be read; or the time is over.
         """
-        images = await images_of(request)
         try:
             async with asyncio.timeout(self.service.timeout_s):
+                images = await images_of(request)
                 if len(images) == 1:
                     return JSONResponse(await one(images[0]))
-                answers = await asyncio.gather(*(_or_error(one, image) for image in images))
+                tasks = [asyncio.create_task(_or_error(one, image)) for image in images]
+                try:
+                    return JSONResponse({"results": await asyncio.gather(*tasks)})
+                finally:
+                    for task in tasks:
+                        task.cancel()
         except TimeoutError:
             raise Fail(504, "timeout", f"no answer within {self.service.timeout_s:g} seconds") from None
-        return JSONResponse({"results": answers})
 
 
 async def _or_error(one: Callable[[bytes], Awaitable[dict[str, Any]]], image: bytes) -> dict[str, Any]:
@@ -386,6 +413,7 @@ def create_app(service: Service, backend: Backend) -> FastAPI:
         version="1",
         docs_url=None,  # they fetch scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # the redirect would name whatever host the request did
     )
     desk = Desk(service, backend)
 
@@ -425,7 +453,7 @@ def create_app(service: Service, backend: Backend) -> FastAPI:
             async with asyncio.timeout(5):
                 await backend.ready()
         except (TimeoutError, Unanswered, Busy):
-            raise Fail(503, "not_ready", "a part of the server does not answer yet") from None
+            raise Fail(503, "not_ready", "a part of the server does not answer yet", retry_after=1) from None
         return {"status": "ready"}
 
     _add_page(app)
@@ -443,7 +471,7 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(files["index.html"], headers=headers)
+        return await part("index.html")
 
     @app.get("/page/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
@@ -458,7 +486,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Fail)
     async def fail(request: Request, error: Fail) -> Response:
-        return said(error.status, error.code, error.message)
+        return said(error.status, error.code, error.message, error.headers)
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
@@ -477,7 +505,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return said(error.status_code, "http", str(error.detail)[:200], dict(error.headers or {}))
+        code = {404: "not_found", 405: "not_allowed"}.get(error.status_code, "bad_request")
+        return said(error.status_code, code, str(error.detail)[:200], dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -87,8 +87,9 @@ def publish(index: Path, files: Iterable[Path], manifest: dict[str, Any]) -> str
     name = f"{max(taken, default=0) + 1:06d}"
     partial = snapshots / f".{name}.partial"
     partial.mkdir()
-    for file in files:
-        _link(file, partial / file.name)
+    with storage.explained(index):
+        for file in files:
+            _link(file, partial / file.name)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / MANIFEST, {"format": FORMAT, **manifest, "sha256": hashes})
     storage.publish_folder(partial, snapshots / name)
