@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serving.answers import in_domain, ranked, tree
 from serving.configs import MOST_HITS
@@ -393,10 +393,14 @@ async def images_of(request: Request) -> list[bytes]:
         if not body:
             raise Fail(400, "no_image", "the body is empty; send the image as it, or as a multipart field `image`")
         return [body]
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=MOST_IMAGES, max_fields=16, max_part_size=1 << 16
+    )
+    parser.spool_max_size = 1 << 31  # the body is in memory already: nothing of it goes to a disk
     try:
-        async with request.form(max_files=MOST_IMAGES, max_fields=16, max_part_size=1 << 16) as form:
-            parts = form.getlist("image")
-            files = [await part.read() for part in parts if isinstance(part, UploadFile)]
+        form = await parser.parse()
+        files = [await part.read() for part in form.getlist("image") if isinstance(part, UploadFile)]
+        await form.close()
     except (MultiPartException, HTTPException, ValueError) as error:
         detail = getattr(error, "detail", None) or getattr(error, "message", None) or "malformed"
         raise Fail(400, "bad_request", f"the multipart form cannot be read: {detail}"[:200]) from error
