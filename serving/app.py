@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serving.answers import in_domain, ranked, tree
 from serving.configs import MOST_HITS
@@ -183,9 +183,10 @@ class Many(BaseModel):
 
 
 class Fail(Exception):  # noqa: N818
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
+        self.headers = None if retry_after is None else {"Retry-After": str(retry_after)}
 
     def body(self) -> dict[str, Any]:
         return {"error": {"code": self.code, "message": self.message}}
@@ -270,6 +271,14 @@ Excluded = Annotated[str | None, Query(max_length=500, description="Leave out im
 Labelled = Annotated[bool, Query(description="Find only labelled images.")]
 
 
+@dataclass
+class UnderWay:
+    """A computation and how many wait for it."""
+
+    task: asyncio.Task[Seen]
+    waiting: int = 0
+
+
 class Desk:
     """Images in, answers out: decodes off the event loop, keeps recent features, bounds every answer's time."""
 
@@ -277,22 +286,35 @@ class Desk:
         self.service, self.backend = service, backend
         self.path = ImagePath.from_dict(service.image_path)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self.kept: OrderedDict[bytes, asyncio.Task[Seen]] = OrderedDict()
+        self.kept: OrderedDict[bytes, Seen] = OrderedDict()
+        self.under_way: dict[bytes, UnderWay] = {}
 
     async def see(self, content: bytes) -> Seen:
-        """What an encoded image is to the model.
+        """What an encoded image is to the model, computed once for all who ask meanwhile, stopped when none is left.
 
         Raises:
             Fail: it cannot be read.
         """
         key = hashlib.sha256(content).digest()
-        task = self.kept.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(self._compute(content))
-            self.kept[key] = task
-            while len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
-        return await asyncio.shield(task)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        if key not in self.under_way:
+            self.under_way[key] = UnderWay(asyncio.create_task(self._compute(content)))
+        shared = self.under_way[key]
+        shared.waiting += 1
+        try:
+            seen = await asyncio.shield(shared.task)
+        finally:
+            shared.waiting -= 1
+            if not shared.waiting or shared.task.done():
+                shared.task.cancel()  # else what nobody waits for would pile up, and hold its image
+                if self.under_way.get(key) is shared:
+                    del self.under_way[key]
+        self.kept[key] = seen
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return seen
 
     async def _compute(self, content: bytes) -> Seen:
         try:
@@ -306,9 +328,10 @@ class Desk:
         return pixels, look_of(pixels[None])[0]
 
     async def classify(self, content: bytes) -> dict[str, Any]:
-        judged = await self.backend.judge(*await self.see(content))
-        if judged.probabilities is None:
+        if not self.service.classes:
             raise Fail(409, "no_classes", "this model is an encoder without classes")
+        judged = await self.backend.judge(*await self.see(content))
+        assert judged.probabilities is not None
         return {
             "classes": ranked(self.service.classes, judged.probabilities),
             "tree": tree(self.service.classes, judged.probabilities),
@@ -339,15 +362,19 @@ class Desk:
         Raises:
             Fail: no image, or the only one cannot be read; or the time is over.
         """
-        images = await images_of(request)
         try:
             async with asyncio.timeout(self.service.timeout_s):
+                images = await images_of(request)
                 if len(images) == 1:
                     return JSONResponse(await one(images[0]))
-                answers = await asyncio.gather(*(_or_error(one, image) for image in images))
+                tasks = [asyncio.create_task(_or_error(one, image)) for image in images]
+                try:
+                    return JSONResponse({"results": await asyncio.gather(*tasks)})
+                finally:
+                    for task in tasks:
+                        task.cancel()
         except TimeoutError:
             raise Fail(504, "timeout", f"no answer within {self.service.timeout_s:g} seconds") from None
-        return JSONResponse({"results": answers})
 
 
 async def _or_error(one: Callable[[bytes], Awaitable[dict[str, Any]]], image: bytes) -> dict[str, Any]:
@@ -370,10 +397,14 @@ async def images_of(request: Request) -> list[bytes]:
         if not body:
             raise Fail(400, "no_image", "the body is empty; send the image as it, or as a multipart field `image`")
         return [body]
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=MOST_IMAGES, max_fields=16, max_part_size=1 << 16
+    )
+    parser.spool_max_size = 1 << 31  # the body is in memory already: nothing of it goes to a disk
     try:
-        async with request.form(max_files=MOST_IMAGES, max_fields=16, max_part_size=1 << 16) as form:
-            parts = form.getlist("image")
-            files = [await part.read() for part in parts if isinstance(part, UploadFile)]
+        form = await parser.parse()
+        files = [await part.read() for part in form.getlist("image") if isinstance(part, UploadFile)]
+        await form.close()
     except (MultiPartException, HTTPException, ValueError) as error:
         detail = getattr(error, "detail", None) or getattr(error, "message", None) or "malformed"
         raise Fail(400, "bad_request", f"the multipart form cannot be read: {detail}"[:200]) from error
@@ -390,6 +421,7 @@ def create_app(service: Service, backend: Backend) -> FastAPI:
         version="1",
         docs_url=None,  # they fetch scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # the redirect would name whatever host the request did
     )
     desk = Desk(service, backend)
 
@@ -429,7 +461,7 @@ def create_app(service: Service, backend: Backend) -> FastAPI:
             async with asyncio.timeout(5):
                 await backend.ready()
         except (TimeoutError, Unanswered, Busy):
-            raise Fail(503, "not_ready", "a part of the server does not answer yet") from None
+            raise Fail(503, "not_ready", "a part of the server does not answer yet", retry_after=1) from None
         return {"status": "ready"}
 
     _add_page(app)
@@ -447,7 +479,7 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(files["index.html"], headers=headers)
+        return await part("index.html")
 
     @app.get("/page/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
@@ -462,7 +494,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Fail)
     async def fail(request: Request, error: Fail) -> Response:
-        return said(error.status, error.code, error.message)
+        return said(error.status, error.code, error.message, error.headers)
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
@@ -481,7 +513,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return said(error.status_code, "http", str(error.detail)[:200], dict(error.headers or {}))
+        code = {404: "not_found", 405: "not_allowed"}.get(error.status_code, "bad_request")
+        return said(error.status_code, code, str(error.detail)[:200], dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -19,6 +19,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.app import Busy, Judgement, Seen, Service, Unanswered, create_app
 from serving.door import Door, Limits
@@ -26,6 +27,8 @@ from serving.door import Door, Limits
 Handle = DeploymentHandle[Any]
 CONNECTIONS = 1000
 """Open connections; more are answered 503 at once."""
+HEAD_BYTES, HEAD_S = 1 << 17, 20.0
+"""Largest head of a request, and longest time that it may take."""
 TRIES = 3
 """How often a part that died is asked again: every call computes, none changes anything."""
 
@@ -99,7 +102,7 @@ class Neighbours:
     """Features to the nearest images of an INDEX."""
 
     def __init__(self, index: str) -> None:
-        from serving.index import open_index
+        from serving.neighbours import open_index
         from serving.snapshot import current
 
         self.snapshot = current(index)
@@ -120,7 +123,7 @@ class Neighbours:
     def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        from serving.index import allowed_rows, hits
+        from serving.neighbours import allowed_rows, hits
 
         allowed = allowed_rows(self.snapshot, group, labelled)
         scores, rows = self.index.search(features[None], k, allowed)
@@ -154,6 +157,7 @@ class Ingress:
         self.socket = bound(listen.host, listen.port)
         settings = uvicorn.Config(
             self.door,
+            ws="none",
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -161,7 +165,7 @@ class Ingress:
             timeout_keep_alive=75,
             backlog=1024,
             limit_concurrency=CONNECTIONS,
-            http="httptools",
+            http=Reader,
         )
         self.server = uvicorn.Server(settings)
         self.task = asyncio.get_running_loop().create_task(self.server.serve(sockets=[self.socket]))
@@ -176,6 +180,54 @@ class Ingress:
     def check_health(self) -> None:
         if self.task.done():
             raise RuntimeError("the HTTP server has ended")
+
+
+class Reader(HttpToolsProtocol):
+    """uvicorn's HTTP, with bounds on what is not body (a request's head, trailers), which it keeps without end."""
+
+    _left = HEAD_BYTES
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._left -= len(data)
+        super().data_received(data)
+        if self._left < 0 and not self.transport.is_closing():
+            self._stop_timer()
+            self.send_400_response("The request's head is too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._left = HEAD_BYTES
+        self._await_head()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._left = HEAD_BYTES
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(HEAD_S, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        self.transport.close()
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -55,7 +55,7 @@ class Door:
         if scope["method"] in {"GET", "HEAD"}:
             await self.app(scope, receive, send)
             return
-        declared = headers.get(b"content-length", b"0")
+        declared = headers.get(b"content-length") or b"0"
         if not declared.isdigit() or len(declared) > 19:
             await refuse(send, 400, "bad_request", "Content-Length is not a number")
         elif int(declared) > self.limits.body_bytes:
@@ -72,7 +72,7 @@ class Door:
         return scheme.lower() == b"bearer" and any(known)
 
     async def _with_body(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        body = bytearray()
+        body, held = bytearray(), 0
         try:
             async with asyncio.timeout(self.limits.seconds):
                 more = True
@@ -82,26 +82,28 @@ class Door:
                         return
                     chunk = message.get("body", b"")
                     body += chunk
+                    held += len(chunk)
                     self.held += len(chunk)
                     more = message.get("more_body", False)
-                    if len(body) > self.limits.body_bytes:
+                    if held > self.limits.body_bytes:
                         await refuse(send, 413, "too_large", self._too_large())
                         return
                     if self.held > BUFFERS * self.limits.body_bytes:
                         await self._come_back(send)
                         return
+        except TimeoutError:
+            await refuse(send, 408, "too_slow", f"the upload took longer than {self.limits.seconds:g} seconds")
+        else:
             if self.inside >= self.limits.requests:
                 await self._come_back(send)
                 return
             self.inside += 1
             try:
-                await self.app(scope, _replay(bytes(body), receive), send)
+                await self.app(scope, _replay(body, receive), send)
             finally:
                 self.inside -= 1
-        except TimeoutError:
-            await refuse(send, 408, "too_slow", f"the upload took longer than {self.limits.seconds:g} seconds")
         finally:
-            self.held -= len(body)
+            self.held -= held
 
     async def _come_back(self, send: Send) -> None:
         await refuse(send, 429, "busy", "too many requests at once; come back in a second", retry_after=1)
@@ -110,8 +112,8 @@ class Door:
         return f"the body is larger than {self.limits.body_bytes // 2**20} MiB"
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body once, then whatever follows (a disconnect)."""
+def _replay(body: bytearray, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body once, keeping none of it, then whatever follows (a disconnect)."""
     given = False
 
     async def again() -> Message:
@@ -119,7 +121,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         if given:
             return await receive()
         given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        whole = bytes(body)
+        body.clear()
+        return {"type": "http.request", "body": whole, "more_body": False}
 
     return again
 

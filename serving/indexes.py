@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,26 +43,20 @@ class Index(ABC):
     def write(self, folder: Path) -> None:
         """What cannot quickly be made again from the vectors lies in `folder`."""
 
-    @abstractmethod
-    def _parameters(self, selector: Any, count: int) -> Any:
-        """FAISS search parameters for `count` neighbours among the rows of `selector`."""
-
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(cosine scores float32 [B, k], row numbers int64 [B, k]), best first; -1 where there are no more rows.
+        """(cosine scores float32 [B, m], row numbers int64 [B, m]), best first; -1 where there are no more rows.
 
         Args:
             queries: float32 [B, D]; need not be of unit length.
+            k: neighbours wanted; m is the smaller of k and N.
             allowed: bool [N], the rows that may be found.
         """
         unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-        selector = None
-        if allowed is not None:
-            bits = np.packbits(allowed, bitorder="little")
-            selector = faiss.IDSelectorBitmap(len(allowed), faiss.swig_ptr(bits))
-        wanted = min(k, self.index.ntotal)
-        parameters = self._parameters(selector, wanted)
-        scores, rows = self.index.search(np.ascontiguousarray(unit, dtype=np.float32), wanted, params=parameters)
-        return scores, rows
+        return self._search(np.ascontiguousarray(unit, dtype=np.float32), min(k, self.index.ntotal), allowed)
+
+    @abstractmethod
+    def _search(self, unit: np.ndarray, count: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, for unit queries and a count that is not larger than N."""
 
 
 class Flat(Index):
@@ -81,8 +77,8 @@ class Flat(Index):
     def write(self, folder: Path) -> None:
         """Nothing: the vectors are the index."""
 
-    def _parameters(self, selector: Any, count: int) -> Any:
-        return faiss.SearchParameters(sel=selector)  # type: ignore[call-arg] # its stubs lag behind
+    def _search(self, unit: np.ndarray, count: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return exactly(self.index, unit, count, allowed)
 
 
 class Hnsw(Index):
@@ -91,6 +87,8 @@ class Hnsw(Index):
     kind = "hnsw"
     FILE = "index.faiss"
     LINKS, BUILD_BREADTH, BREADTH = 32, 200, 128
+    MOST_LEFT_OUT = 1000
+    """Rows left out that a search still goes round; with more of them every vector is compared."""
 
     @classmethod
     def build(cls, vectors: np.ndarray) -> Hnsw:
@@ -111,9 +109,34 @@ class Hnsw(Index):
     def write(self, folder: Path) -> None:
         faiss.write_index(self.index, str(folder / self.FILE))
 
-    def _parameters(self, selector: Any, count: int) -> Any:
+    def _search(self, unit: np.ndarray, count: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         breadth = max(self.BREADTH, 2 * count)
-        return faiss.SearchParametersHNSW(efSearch=breadth, sel=selector)  # type: ignore[attr-defined] # as above
+        if allowed is None:
+            parameters = faiss.SearchParametersHNSW(efSearch=breadth)  # type: ignore[attr-defined] # stubs lag behind
+            scores, rows = self.index.search(unit, count, params=parameters)
+            return scores, rows
+        # Rows left out may well be the nearest (a patient's other images): unless the search is wider by their
+        # number, they fill it, and it ends before it comes to any other.
+        left_out = int((~allowed).sum())
+        if left_out > min(self.MOST_LEFT_OUT, len(allowed) // 2):
+            return exactly(faiss.downcast_index(self.index.storage), unit, count, allowed)
+        bits = np.packbits(allowed, bitorder="little")
+        selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+        parameters = faiss.SearchParametersHNSW(efSearch=breadth + left_out, sel=selector)  # type: ignore[attr-defined]
+        scores, rows = self.index.search(unit, count, params=parameters)
+        return scores, rows
+
+
+def exactly(flat: Any, unit: np.ndarray, count: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """As `Index.search`, by comparison with every vector of a FAISS flat index."""
+    if allowed is None:
+        scores, rows = flat.search(unit, count)
+        return scores, rows
+    bits = np.packbits(allowed, bitorder="little")
+    selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+    parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg] # stubs lag behind
+    scores, rows = flat.search(unit, count, params=parameters)
+    return scores, rows
 
 
 INDEXES: dict[str, type[Index]] = {"flat": Flat, "hnsw": Hnsw}
@@ -121,14 +144,25 @@ INDEXES: dict[str, type[Index]] = {"flat": Flat, "hnsw": Hnsw}
 
 def search_ms(index: Index, vectors: np.ndarray) -> float:
     """Milliseconds of one search for 10 neighbours on one thread: the median of 50."""
-    faiss.omp_set_num_threads(1)
     probes = vectors[probe_rows(len(vectors), 50)]
     taken = []
-    for probe in probes:
-        began = time.perf_counter()
-        index.search(probe[None], 10)
-        taken.append(time.perf_counter() - began)
+    with _one_thread():
+        for probe in probes:
+            began = time.perf_counter()
+            index.search(probe[None], 10)
+            taken.append(time.perf_counter() - began)
     return float(np.median(taken) * 1000)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A replica's searches have one thread each; what is built afterwards has all of them again."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def recall_at_10(index: Index, vectors: np.ndarray) -> float:

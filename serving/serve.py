@@ -21,6 +21,7 @@ from serving.snapshot import current, same_model
 from training.artifact import load_model, model_folder
 
 SHORTEST_KEY = 16
+APPLICATION = "rayograph"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ def served(config: ServeConfig) -> Iterator[Running]:
         from serving.door import Limits
 
         limits = Limits(service.body_bytes, config.timeout_s, config.max_queue)
-        yield _start(config, service, Listen(config.host, port, limits, keys), found)
-        _stop()
+        _start_serve()
+        try:
+            yield _start(config, service, Listen(config.host, port, limits, keys), found)
+        finally:
+            _stop()
 
 
 def key_hashes(path: str | None) -> tuple[bytes, ...]:
@@ -148,9 +152,30 @@ def _prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> Running:
+def _start_serve() -> None:
+    """Serve is up, without an HTTP proxy of its own.
+
+    Raises:
+        ResourceError: the cluster runs such a service already.
+    """
     from ray import serve as ray_serve
     from ray.serve.schema import LoggingConfig
+
+    ray_serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING"))
+    if APPLICATION in ray_serve.status().applications:
+        raise ResourceError("this Ray cluster runs a `rayograph serve` already; stop that one, or serve elsewhere")
+
+
+def _this_node() -> str:
+    """The resource that only this machine has: the ingress listens where it was asked to."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return next(f"node:{node['NodeManagerAddress']}" for node in ray.nodes() if node["NodeID"] == mine)
+
+
+def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> Running:
+    from ray import serve as ray_serve
 
     from serving.deployments import Classifier, Encoder, Ingress, Neighbours
     from training.device import device_in
@@ -179,9 +204,9 @@ def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> 
     )(Encoder).bind(run, device, max(1, cores() // config.replicas))
     classifier = ray_serve.deployment(**small)(Classifier).bind(run)
     index = ray_serve.deployment(**small)(Neighbours).bind(str(Path(config.index).resolve())) if config.index else None
-    ingress = ray_serve.deployment(**small)(Ingress).bind(service, listen, encoder, classifier, index)
-    ray_serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="WARNING"))
-    handle = ray_serve.run(ingress, name="rayograph", route_prefix=None, logging_config=None)
+    here: dict[str, Any] = {**small, "ray_actor_options": {"num_cpus": 0, "resources": {_this_node(): 0.001}}}
+    ingress = ray_serve.deployment(**here)(Ingress).bind(service, listen, encoder, classifier, index)
+    handle = ray_serve.run(ingress, name=APPLICATION, route_prefix=None, logging_config=None)
     host, port = handle.address.remote().result(timeout_s=60)
     shown = f"[{host}]" if ":" in host else host
     return Running(f"http://{shown}:{port}")
@@ -191,13 +216,19 @@ def _still_there() -> None:
     """Raises ResourceError where the application cannot come up again."""
     from ray import serve as ray_serve
 
-    state = ray_serve.status().applications["rayograph"]
+    state = ray_serve.status().applications.get(APPLICATION)
+    if state is None:
+        raise ResourceError("the service is gone: somebody else ended it")
     if state.status == "DEPLOY_FAILED":
-        raise ResourceError(f"the service cannot go on: {state.message[:300]}")
+        raise ResourceError(f"the service cannot go on: {' '.join(state.message.split())[:300]}")
 
 
 def _stop() -> None:
+    """Nothing of ours is left; Serve itself ends too, unless others use it."""
     from ray import serve as ray_serve
 
     with suppress(Exception):
-        ray_serve.shutdown()
+        if set(ray_serve.status().applications) <= {APPLICATION}:
+            ray_serve.shutdown()
+        else:
+            ray_serve.delete(APPLICATION)

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cluster import storage
-from cluster.errors import DataError, UsageError
+from cluster.errors import DataError, RayographError, UsageError
 
 FORMAT = 1
 CURRENT, MANIFEST, VECTORS, ROWS = "CURRENT", "manifest.json", "vectors.safetensors", "rows.arrow"
-_NAME = re.compile(r"\d{6}")
+_NAME = re.compile(r"[0-9]{6}")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def publish(index: Path, files: Iterable[Path], manifest: dict[str, Any]) -> str
     name = f"{max(taken, default=0) + 1:06d}"
     partial = snapshots / f".{name}.partial"
     partial.mkdir()
-    for file in files:
-        _link(file, partial / file.name)
+    with storage.explained(index):
+        for file in files:
+            _link(file, partial / file.name)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / MANIFEST, {"format": FORMAT, **manifest, "sha256": hashes})
     storage.publish_folder(partial, snapshots / name)
@@ -124,22 +125,24 @@ def read(folder: Path) -> Snapshot:
     """One snapshot, checked; errors as `current`."""
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder}: the snapshot is missing or incomplete; build the index again")
-    manifest = storage.read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
-        raise DataError(f"{folder / MANIFEST}: damaged; build the index again")
-    if manifest.get("format", 0) > FORMAT:
+    try:
+        manifest = storage.read_json(folder / MANIFEST)
+        hashes, version = manifest["sha256"].items(), int(manifest["format"])
+    except (RayographError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST}: damaged; build the index again") from error
+    if version > FORMAT:
         raise UsageError(f"{folder}: index format {manifest['format']} is newer than this Rayograph's; upgrade")
-    for name, digest in manifest["sha256"].items():
+    for name, digest in hashes:
         file = folder / Path(name).name
         if not file.is_file() or storage.sha256_file(file) != digest:
             raise DataError(f"{file}: missing or changed since the index was built (sha256 differs); build it again")
-    if not {VECTORS, ROWS} <= set(manifest["sha256"]):
+    if not {VECTORS, ROWS} <= {name for name, _ in hashes}:
         raise DataError(f"{folder / MANIFEST}: names no vectors or rows; build the index again")
     snapshot = Snapshot(folder, manifest)
     try:
         counts = (len(snapshot.vectors), snapshot.rows.num_rows, int(manifest["vectors"]))
         _ = snapshot.model_sha256, snapshot.manifest["kind"]
-    except (SafetensorError, KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, pa.ArrowException) as error:
         raise DataError(f"{folder}: damaged ({error}); build the index again") from error
     if len(set(counts)) != 1:
         raise DataError(f"{folder}: vectors, rows and manifest disagree ({counts}); build the index again")

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 from cyclopts import Parameter
 
 from cluster.errors import UsageError, nearest
-from training.configs import Config, TransferConfig
+from cluster.settings import Config
+from training.configs import TransferConfig
 from tuning.spaces import STUDIES
 
 FIXED = ("init", "preset", "model", "where", "epochs", "batch_size", "flip", "turns", "image_size", "seed", "device")
