@@ -121,9 +121,11 @@ def doctor(config: DoctorConfig = DoctorConfig()) -> int:  # noqa: B008 - frozen
 
 def demo(config: DemoConfig = DemoConfig()) -> object:  # noqa: B008 - frozen
     """Run the whole chain, small, and compare training with and without pretraining."""
+    from cluster.demo import Tools
     from cluster.demo import demo as run
+    from training.examples import draw_answer, questions
 
-    return run(config, write_report=_write_report)
+    return run(config, Tools(_write_report, questions, draw_answer))
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ Imports nothing of what it runs; the report is written through a function that t
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -23,8 +27,13 @@ from cluster.errors import RayographError
 PHANTOMS = 600
 PRETRAIN_EPOCHS = 30
 FINETUNE_EPOCHS = 5
+SEARCH_TRIALS, SEARCH_EPOCHS = 4, 3
+IMAGENET_SIZE = "96"
 FOLDS = 3
+HITS = 5
 WORKERS = 2
+START_S = 180.0
+"""How long the service may take to come up."""
 GRACE_S = 30.0
 """How long a step may take to end by itself after it was asked to stop."""
 
@@ -42,8 +51,36 @@ class Part:
     figures: tuple[tuple[Path, str], ...] = ()
 
 
-WriteReport = Callable[[Path, str, list[Part]], None]
-"""Writes a report to a path, under a title."""
+@dataclass(frozen=True)
+class Tools:
+    """What the demo needs of packages that it may not know."""
+
+    write_report: Callable[[Path, str, list[Part]], None]
+    """Writes a report to a path, under a title."""
+    questions: Callable[[str, Path], list[tuple[str, Path]]]
+    """Names and files of pictures to ask about, from a DATASET, written to a folder."""
+    draw_answer: Callable[[Path, list[dict[str, Any]], Path], None]
+    """Draws a picture with its hits to a path."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the service said of one picture."""
+
+    name: str
+    file: Path
+    classified: dict[str, Any]
+    found: dict[str, Any]
+
+    @property
+    def likeliest(self) -> str:
+        first = self.classified["classes"][0]
+        return f"{first['label']} ({first['probability']:.0%})"
+
+    @property
+    def verdict(self) -> str:
+        known = self.classified["in_domain"]["answer"]
+        return {True: "like the training set", False: "nothing like this was in training", None: "cannot tell"}[known]
 
 
 @Parameter(name="*")
@@ -73,7 +110,7 @@ class Step:
         return sorted(self.out.glob("figures/*.png"))
 
 
-def demo(config: DemoConfig, *, write_report: WriteReport) -> dict[str, object]:
+def demo(config: DemoConfig, tools: Tools) -> dict[str, object]:
     """`report.html` and `summary.json` stand in `--out`, computed by the steps; finished steps are not run again.
 
     Raises:
@@ -88,32 +125,123 @@ def demo(config: DemoConfig, *, write_report: WriteReport) -> dict[str, object]:
         print(f"$ {step.text}", flush=True)
         _run(step)
     summaries = {name: storage.read_json(step.out / "summary.json") for name, step in chain.items()}
-    write_report(out / "report.html", "Rayograph demo: does pretraining help?", compare(summaries, chain))
-    summary = _summary(summaries) | {"seconds": round(time.monotonic() - start, 1)}
+    answers = ask(chain, tools.questions(str(chain["dataset"].out), out / "questions"))
+    parts = [*compare(summaries, chain), served_part(answers, out, tools)]
+    tools.write_report(out / "report.html", "Rayograph demo: from images to endpoints", parts)
+    seconds = time.monotonic() - start
+    summary = _summary(summaries, answers) | {"seconds": round(seconds, 1)}
     storage.write_json(out / "summary.json", summary)
-    print(f"\n{verdict(summaries)}\nreport: {storage.printable(out / 'report.html')}")
+    print(f"\n{verdict(summaries)}\nreport: {storage.printable(out / 'report.html')}  ({seconds / 60:.1f} minutes)")
+    print(f"open the page:  {shlex.join(('rayograph', *serve_command(chain)))}")
     return summary
 
 
 def steps(config: DemoConfig) -> dict[str, Step]:
-    """The commands in order: one dataset, one pretraining, the same probe without it and from it, and a yardstick.
+    """The commands in order: one dataset, one pretraining, the same probe without it and from it, a small search for
+    the settings of fine-tuned ImageNet weights, their cross-validation, and the index of labelled images under them.
 
-    A linear probe asks what a network already knows, in seconds; the yardstick is what ImageNet weights reach when they
-    are fine-tuned.
+    A linear probe asks what a network already knows, in seconds; the fine-tuned weights are a yardstick, and served.
     """
     out = Path(config.out)
     dataset, pretrained = out / "dataset", out / "pretrain"
     probe = ("--task", "linear", "--folds", str(FOLDS))
-    finetune = ("--task", "finetune", "--folds", str(FOLDS), "--epochs", str(FINETUNE_EPOCHS))
+    search, imagenet = out / "search", out / "imagenet"
+    trials = ("--trials", str(SEARCH_TRIALS), "--epochs", str(SEARCH_EPOCHS), "--image-size", IMAGENET_SIZE)
+    finetune = ("--config", str(search / "best.yaml"), "--folds", str(FOLDS), "--epochs", str(FINETUNE_EPOCHS))
     commands: dict[str, tuple[str, ...]] = {
         "dataset": ("ingest", config.data or f"phantom:{PHANTOMS}"),
         "pretrain": ("pretrain", str(dataset), "--epochs", str(PRETRAIN_EPOCHS), "--workers", str(WORKERS)),
         "scratch": ("transfer", str(dataset), "--init", "none", *probe),
         "transfer": ("transfer", str(dataset), "--init", str(pretrained), *probe),
-        "imagenet": ("transfer", str(dataset), "--init", "imagenet", *finetune),
+        "search": ("tune", "--study", "transfer", "--data", str(dataset), *trials),
+        "imagenet": ("transfer", str(dataset), *finetune),
+        "index": ("index", "build", "--model", str(imagenet), "--data", str(dataset), "--labelled"),
     }
     extra = ("--overwrite",) if config.overwrite else ()
     return {name: Step((*words, "--out", str(out / name), *extra), out / name) for name, words in commands.items()}
+
+
+def serve_command(chain: dict[str, Step], *extra: str) -> tuple[str, ...]:
+    """The command that serves what the chain made."""
+    return ("serve", "--model", str(chain["imagenet"].out), "--index", str(chain["index"].out), *extra)
+
+
+def ask(chain: dict[str, Step], questions: list[tuple[str, Path]]) -> list[Answer]:
+    """What the service answers to each picture, at both endpoints; it is started for that, and stopped.
+
+    Raises:
+        RayographError: it did not come up, or refused a picture.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = serve_command(chain, "--port", str(port))
+    print(f"$ {shlex.join(('rayograph', *command))}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *command])
+    try:
+        _wait_ready(process, f"http://127.0.0.1:{port}")
+        return [
+            Answer(
+                name,
+                file,
+                _post(f"http://127.0.0.1:{port}/v1/classify", file),
+                _post(f"http://127.0.0.1:{port}/v1/search?k={HITS}", file),
+            )
+            for name, file in questions
+        ]
+    finally:
+        _stop(process, signal.SIGINT)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    until = time.monotonic() + START_S
+    while True:
+        if process.poll() is not None:
+            raise RayographError("the demo stopped at: rayograph serve")
+        if time.monotonic() > until:
+            raise RayographError(f"the service did not come up within {START_S:g} seconds")
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+                return
+        except OSError:
+            time.sleep(0.3)
+
+
+def _post(url: str, file: Path) -> dict[str, Any]:
+    request = urllib.request.Request(url, file.read_bytes(), {"Content-Type": "application/octet-stream"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.loads(answer.read()))
+    except urllib.error.HTTPError as error:
+        raise RayographError(
+            f"{file}: the service refused it: {error.read().decode(errors='replace')[:300]}"
+        ) from error
+
+
+def served_part(answers: list[Answer], out: Path, tools: Tools) -> Part:
+    """The report's part on what the endpoints said."""
+    rows, figures = [], []
+    for answer in answers:
+        nearest = answer.found["hits"][0]
+        rows.append(
+            (
+                answer.name,
+                answer.likeliest,
+                answer.verdict,
+                f"{nearest['label'] or 'no label'} ({nearest['score']:.2f})",
+            )
+        )
+        picture = out / "questions" / f"{answer.file.stem}-answer.png"
+        tools.draw_answer(answer.file, answer.found["hits"], picture)
+        figures.append(
+            (picture, f"{answer.name}: {answer.likeliest}; {answer.verdict}. Right of it its nearest cases.")
+        )
+    note = (
+        "The fine-tuned model and the index of labelled images were served, and asked over HTTP. The last picture is "
+        "one that a model of such images should refuse."
+    )
+    headers = ("picture", "likeliest class", "in domain", "nearest case (similarity)")
+    return Part("What the endpoints say", (note,), headers, tuple(rows), tuple(figures))
 
 
 def compare(summaries: dict[str, Any], chain: dict[str, Step]) -> list[Part]:
@@ -186,7 +314,7 @@ def _interval(metric: dict[str, Any]) -> str:
 
 
 def _facts(summary: dict[str, Any]) -> str:
-    known = ("images", "ok", "groups", "epochs", "final_loss", "images_per_second", "seconds")
+    known = ("images", "ok", "groups", "epochs", "final_loss", "images_per_second", "trials", "vectors", "seconds")
     return ", ".join(f"{name} {_number(summary[name])}" for name in known if name in summary)
 
 
@@ -194,10 +322,13 @@ def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _summary(summaries: dict[str, Any]) -> dict[str, object]:
+def _summary(summaries: dict[str, Any], answers: list[Answer]) -> dict[str, object]:
     names = {"scratch": "scratch", "transfer": "pretrained", "imagenet": "imagenet"}
     metrics = {f"{new}_balanced_accuracy": summaries[old]["metrics"]["balanced_accuracy"] for old, new in names.items()}
-    return {"metrics": metrics, "images": summaries["dataset"].get("images")}
+    asked = [
+        {"picture": a.name, "likeliest": a.likeliest, "in_domain": a.classified["in_domain"]["answer"]} for a in answers
+    ]
+    return {"metrics": metrics, "images": summaries["dataset"].get("images"), "asked": asked}
 
 
 def _run(step: Step) -> None:
