@@ -203,7 +203,7 @@ async function take(file) {
 async function ask(file, signal) {
   if (signal.aborted) return;
   const classifies = state.info?.model.classes.length !== 0;
-  const searched = state.info?.index !== null ? question("v1/search?k=10", file, signal) : null;
+  const searched = state.info?.index !== null ? question("v1/search?k=10&labelled=true", file, signal) : null;
   const shown = searched?.then(showHits, hitsFailed);
   if (classifies) showAnswer(await question("v1/classify", file, signal));
   else if (searched) showUnclassified(await searched);

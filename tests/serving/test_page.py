@@ -94,7 +94,7 @@ def classified(answer: bool | None = True, classes: dict[str, float] = CLASSES, 
     body = {
         "classes": [{"label": k, "probability": v} for k, v in sorted(classes.items(), key=lambda item: -item[1])],
         "tree": tree(classes),
-        "in_domain": {"answer": answer, "typicality": 0.42, "distance": 0.12, "threshold": 0.31, "message": message},
+        "in_domain": {"answer": answer, "typicality": 0.42, "distance": 0.12, "limit": 0.01, "message": message},
         "model": {"name": "cervix-run", "sha256": "ab" * 32},
     }
     return Answer(body, **options)
@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def served() -> Iterator[Stub]:
-    stub = Stub({"/v1/model": [model()], "/v1/classify": [classified()], "/v1/search?k=10": [found()]})
+    stub = Stub({"/v1/model": [model()], "/v1/classify": [classified()], "/v1/search?k=10&labelled=true": [found()]})
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"stub": stub}))
     stub.origin = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -286,7 +286,7 @@ def test_both_questions_get_the_same_bytes_and_no_file_name(page: Page, stub: St
     expect(page.get_by_role("status")).to_have_text(DONE)
     assert {(path, name) for path, name, _ in stub.pictures} == {
         ("/v1/classify", "image"),
-        ("/v1/search?k=10", "image"),
+        ("/v1/search?k=10&labelled=true", "image"),
     }
     assert {content for _, _, content in stub.pictures} == {png()}
 
@@ -347,7 +347,7 @@ def test_a_key_that_expires_meanwhile_is_asked_for_once_and_the_picture_goes_on(
 
 @pytest.mark.parametrize("told", [True, False])
 def test_without_an_index_the_page_shows_no_cases(page: Page, stub: Stub, told: bool) -> None:
-    stub.answers["/v1/search?k=10"] = [failure(409, "no_index", "served without an index")]
+    stub.answers["/v1/search?k=10&labelled=true"] = [failure(409, "no_index", "served without an index")]
     if told:
         stub.answers["/v1/model"] = [model(index=None)]
     choose(visit(page, stub))
@@ -363,7 +363,7 @@ def test_an_encoder_answers_with_cases_alone(page: Page, stub: Stub) -> None:
     stub.answers["/v1/model"] = [info]
     choose(visit(page, stub))
     expect(page.get_by_role("status")).to_have_text("Done: 10 nearest cases.")
-    assert {path for path, *_ in stub.pictures} == {"/v1/search?k=10"}
+    assert {path for path, *_ in stub.pictures} == {"/v1/search?k=10&labelled=true"}
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_markup_in_names_and_labels_is_inert(page: Page, stub: Stub) -> None:
     stub.answers = {
         "/v1/model": [info],
         "/v1/classify": [classified(False, {evil: 0.9, "b": 0.1})],
-        "/v1/search?k=10": [hits],
+        "/v1/search?k=10&labelled=true": [hits],
     }
     stub.answers["/v1/classify"][0].body["in_domain"]["message"] = evil
     choose(visit(page, stub), name=f"{evil}.png")
@@ -652,7 +652,7 @@ def write_pictures(folder: Path) -> None:
         ("error", "light", 1100, failure(503, "overloaded", "The model is starting; try again in a minute.")),
     ]
     with served() as stub, launched() as browser:
-        stub.answers["/v1/search?k=10"] = [found(thumbnails)]
+        stub.answers["/v1/search?k=10&labelled=true"] = [found(thumbnails)]
         for name, scheme, width, answer in looks:
             stub.answers["/v1/classify"] = [answer]
             page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
