@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -196,3 +198,43 @@ def _compare(
                 )
             )
     return rows
+
+
+def killed() -> list[Row]:
+    """16 clients while one process of the service is killed with `kill -9`: an encoder of two, then the ingress."""
+    folder, rows = Path(tempfile.mkdtemp(prefix="rayograph-bench-")), []
+    try:
+        run, picture = models(folder)["tiny"], pictures(folder)["30 KB"]
+        for part, patience in (("Encoder", 8), ("Ingress", 20)):
+            with server("ours", run, "--replicas", "2") as url:
+                timer = threading.Timer(5, kill_one, (part,))
+                timer.start()
+                found = load(url, picture, 16, 5 + patience, "--retry")
+                timer.join()
+            rows.append(
+                (
+                    f"one {part.lower()} killed under 16 clients: requests / failed once / lost after 15 s of retries",
+                    f"{found['requests']}",
+                    f"{found['failed']} / {found['lost']}",
+                    f"{found['slowest_recovery_s']:.1f} s slowest",
+                    "0 lost",
+                )
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def replicas(part: str) -> list[int]:
+    """The processes of a deployment."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with contextlib.suppress(OSError):
+                if f"ray::ServeReplica:rayograph:{part}" in (path / "cmdline").read_text():
+                    found.append(int(path.name))
+    return found
+
+
+def kill_one(part: str) -> None:
+    os.kill(replicas(part)[0], signal.SIGKILL)
