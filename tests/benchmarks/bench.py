@@ -111,7 +111,7 @@ def _plain_loop(folder: Path, out: Path, part: int, parts: int) -> None:
 
 
 def _plain_loops(folder: Path, out: Path, pool: ProcessPoolExecutor) -> None:
-    """A plain loop per core, at the same time: cores that share a memory bus, or are two threads of one, count alike."""
+    """A plain loop per core, at once: cores that share a memory bus, or are two threads of one, count alike."""
     list(pool.map(_plain_loop, *zip(*((folder, out, part, cores()) for part in range(cores())), strict=True)))
 
 

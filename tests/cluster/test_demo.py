@@ -12,24 +12,31 @@ from typing import Any
 import pytest
 
 from cluster import cli, demo
-from cluster.demo import DemoConfig, Part, Step
+from cluster.demo import Answer, DemoConfig, Step, Tools
 from cluster.errors import RayographError
 
 
 def summaries(before: list[float | None], after: list[float | None]) -> dict[str, Any]:
-    """Summaries of the five steps, with balanced accuracies as value, low, high."""
+    """Summaries of the steps, with balanced accuracies as value, low, high."""
     metrics = [{"balanced_accuracy": {"value": v, "ci95": [low, high]}} for v, low, high in (before, after)]
     return {
         "dataset": {"images": 600, "seconds": 12.34567},
         "pretrain": {"epochs": 3},
         "scratch": {"metrics": metrics[0]},
         "transfer": {"metrics": metrics[1]},
+        "search": {"trials": 4},
         "imagenet": {"metrics": metrics[1]},
+        "index": {"vectors": 293},
     }
 
 
 @pytest.mark.parametrize("data", [None, "a folder"])
-def test_every_command_is_one_that_the_command_line_takes(monkeypatch: pytest.MonkeyPatch, data: str | None) -> None:
+def test_every_command_is_one_that_the_command_line_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some where" / "search").mkdir(parents=True)
+    (tmp_path / "some where" / "search" / "best.yaml").write_text("lr: 0.002\nimage_size: 96\n")
     seen: list[Any] = []
     for name, verb in list(cli.VERBS.items()):
 
@@ -44,7 +51,11 @@ def test_every_command_is_one_that_the_command_line_takes(monkeypatch: pytest.Mo
         program, *arguments = shlex.split(step.text)
         assert program == "rayograph"
         cli.build_app().meta(arguments)
+    cli.build_app().meta(list(demo.serve_command(chain, "--port", "0")))
+    served = seen.pop()
+    assert (served.model, served.index) == (str(chain["imagenet"].out), str(chain["index"].out))
     assert [config.out for config in seen] == [str(step.out) for step in chain.values()]
+    assert (seen[5].lr, seen[5].image_size, seen[5].epochs) == (0.002, "96", demo.FINETUNE_EPOCHS)
     assert all(config.overwrite for config in seen)
     assert (seen[0].source, seen[3].init) == (data or f"phantom:{demo.PHANTOMS}", str(chain["pretrain"].out))
 
@@ -66,6 +77,35 @@ def test_the_verdict_claims_no_more_than_the_intervals_allow(
     assert ("chance" in text) == any("chance" in word for word in words)
 
 
+def answers(chain: dict[str, Step], questions: list[tuple[str, Path]]) -> list[Answer]:
+    """What a service might say: the first picture is known, the last one like nothing."""
+    hit = {"id": "a", "score": 0.5, "label": "healthy", "group": "g", "thumbnail": ""}
+    return [
+        Answer(
+            name,
+            file,
+            {"classes": [{"label": "healthy", "probability": 0.75}], "in_domain": {"answer": name == questions[0][0]}},
+            {"hits": [hit]},
+        )
+        for name, file in questions
+    ]
+
+
+def tools(drawn: list[Path]) -> Tools:
+    """The demo's tools, with pictures of one pixel."""
+
+    def questions(dataset: str, out: Path) -> list[tuple[str, Path]]:
+        out.mkdir()
+        return [("a cell", out / "cell.png"), ("a flower", out / "flower.png")]
+
+    def draw(question: Path, hits: list[dict[str, Any]], path: Path) -> None:
+        assert hits[0]["label"] == "healthy"
+        path.write_bytes(b"picture")
+        drawn.append(path)
+
+    return Tools(cli._write_report, questions, draw)
+
+
 def test_a_finished_chain_leaves_report_and_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,24 +116,28 @@ def test_a_finished_chain_leaves_report_and_summary(
         (step.out / "summary.json").write_text(json.dumps(made[step.out.name]))
 
     monkeypatch.setattr(demo, "_run", run)
-    summary = demo.demo(DemoConfig(out=str(tmp_path)), write_report=cli._write_report)
+    monkeypatch.setattr(demo, "ask", answers)
+    drawn: list[Path] = []
+    summary = demo.demo(DemoConfig(out=str(tmp_path)), tools(drawn))
     assert summary["images"] == 600
+    assert len(drawn) == 2
+    assert [asked["in_domain"] for asked in summary["asked"]] == [True, False]  # type: ignore[attr-defined]
     page = (tmp_path / "report.html").read_text()
     assert "gained 0.200" in page
     assert "+0.200" in page
     assert f"rayograph ingest phantom:{demo.PHANTOMS} --out {tmp_path}/dataset" in page
-    assert "$ rayograph ingest" in capsys.readouterr().out
+    assert "healthy (75%)" in page and "nothing like this was in training" in page
+    said = capsys.readouterr().out
+    assert "$ rayograph ingest" in said
+    assert f"open the page:  rayograph serve --model {tmp_path}/imagenet --index {tmp_path}/index" in said
     assert json.loads((tmp_path / "summary.json").read_text())["images"] == 600
 
 
 def test_a_step_that_fails_stops_the_chain_with_its_exit_code(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def write_report(path: Path, title: str, parts: list[Part]) -> None:
-        raise AssertionError("there is nothing to report")
-
     with pytest.raises(RayographError, match="stopped at: rayograph ingest") as caught:
-        demo.demo(DemoConfig(data=str(tmp_path / "gone"), out=str(tmp_path / "demo")), write_report=write_report)
+        demo.demo(DemoConfig(data=str(tmp_path / "gone"), out=str(tmp_path / "demo")), tools([]))
     assert caught.value.exit_code == 2
     assert "gone" in capfd.readouterr().err
 
