@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,6 +25,6 @@ document = schemathesis.openapi.from_asgi("/openapi.json", served)
 
 @document.parametrize()
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_every_answer_is_one_that_the_document_announces(case: schemathesis.Case) -> None:
+def test_every_answer_is_one_that_the_document_announces(case: schemathesis.Case[Any]) -> None:
     case.call_and_validate()
     assert (served.held, served.inside) == (0, 0)
