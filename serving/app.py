@@ -214,6 +214,7 @@ BODY: dict[str, Any] = {
         "content": {
             "multipart/form-data": {
                 "schema": {"type": "object", "required": ["image"], "properties": {"image": IMAGE}},
+                "encoding": {"image": {"contentType": "image/png, image/jpeg, image/tiff, image/bmp, image/webp"}},
             },
             "application/octet-stream": {"schema": IMAGE},
         },

@@ -107,6 +107,12 @@ EARLY: dict[str, tuple[str, int, str]] = {
     "a model that is missing": ("embed images --model gone --out o.parquet", 2, "gone: not a RUN"),
     "weights of no RUN": ("transfer --data images --out o --init empty", 2, "empty: not a RUN"),
     "evaluation of no RUN": ("evaluate --model images --data images --out o", 2, "images: not a RUN"),
+    "an index of no RUN": ("index build --model empty --data images --out o", 2, "empty: not a RUN"),
+    "an index that is none": ("index check --index empty", 2, "empty: not an INDEX"),
+    "no neighbours": ("index search images/one.png --index empty --k 0", 2, "--k 0: must lie between 1 and 1,000"),
+    "a service of no RUN": ("serve --model empty", 2, "empty: not a RUN"),
+    "a service for everybody": ("serve --model empty --host 0.0.0.0", 2, "--host 0.0.0.0: whoever reaches this"),
+    "a port that is none": ("serve --model empty --port 70000", 2, "--port 70000: must lie between 0 and 65535"),
 }
 PROCESSES = (
     "a missing flag",
