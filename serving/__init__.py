@@ -1,1 +1,1 @@
-"""The endpoints over a trained model (arrives with `rayograph serve`)."""
+"""The index of a dataset's images, and the endpoints over a trained model."""

@@ -67,7 +67,8 @@ def gallery(
     if (folder / ROWS).is_file():
         say(f"features of {table.num_rows:,} images: kept from before")
         return folder, facts
-    partial = folder.with_name(folder.name + ".partial")
+    asked = hashlib.sha256(repr((str(dataset.path), where)).encode()).hexdigest()[:6]  # what `embed` resumes by
+    partial = folder.with_name(f"{folder.name}.{asked}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with session(cpus=cores() + 2, log=log):
         source = str(dataset.path)

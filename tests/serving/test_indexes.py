@@ -234,7 +234,7 @@ def test_what_runs_apart_never_loads_torch(other: Apart, tmp_path: Path) -> None
         ("neighbours", ""),
         ("deployments", ""),
         ("indexes", "faiss"),
-        ("index", "torch"),
+        pytest.param("index", "torch", marks=pytest.mark.slow),
     ],
 )
 def test_no_module_loads_torch_and_faiss_together(module: str, expected: str) -> None:
