@@ -24,7 +24,14 @@ from cluster.demo import DemoConfig, Part
 from cluster.doctor import DoctorConfig
 from cluster.errors import RayographError, StoppedError, UsageError
 from cluster.settings import load_yaml
-from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
+from training.configs import (
+    EvaluateConfig,
+    ExportConfig,
+    InferenceConfig,
+    IngestConfig,
+    PretrainConfig,
+    TransferConfig,
+)
 
 STOPPED, INTERRUPTED = StoppedError.exit_code, 130
 _REPEAT_S = 2.0
@@ -73,6 +80,13 @@ def embed(config: InferenceConfig) -> object:
     return run(config)
 
 
+def export(config: ExportConfig) -> object:
+    """Write a model for others, as ONNX or for timm, checked against ours."""
+    from training.export import export as run
+
+    return run(config)
+
+
 def doctor(config: DoctorConfig = DoctorConfig()) -> int:  # noqa: B008 - frozen
     """Say what this machine has and lacks, and what to do about it."""
     from cluster.doctor import doctor as run
@@ -103,6 +117,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(evaluate, EvaluateConfig),
     "predict": Verb(predict, InferenceConfig),
     "embed": Verb(embed, InferenceConfig),
+    "export": Verb(export, ExportConfig, resumable=False),
     "doctor": Verb(doctor, DoctorConfig, resumable=False),
     "demo": Verb(demo, DemoConfig),
 }
