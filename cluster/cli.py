@@ -26,7 +26,14 @@ from cluster.doctor import DoctorConfig
 from cluster.errors import RayographError, StoppedError, UsageError
 from cluster.settings import load_yaml
 from serving.configs import IndexBuildConfig, IndexCheckConfig, IndexSearchConfig, ServeConfig
-from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
+from training.configs import (
+    EvaluateConfig,
+    ExportConfig,
+    InferenceConfig,
+    IngestConfig,
+    PretrainConfig,
+    TransferConfig,
+)
 from tuning.configs import TuneConfig
 
 STOPPED, INTERRUPTED = StoppedError.exit_code, 130
@@ -72,6 +79,13 @@ def predict(config: InferenceConfig) -> object:
 def embed(config: InferenceConfig) -> object:
     """Write the embedding of every image to a Parquet file."""
     from training.inference import embed as run
+
+    return run(config)
+
+
+def export(config: ExportConfig) -> object:
+    """Write a model for others, as ONNX or for timm, checked against ours."""
+    from training.export import export as run
 
     return run(config)
 
@@ -149,6 +163,7 @@ VERBS: dict[str, Verb] = {
     "index search": Verb(index_search, IndexSearchConfig, resumable=False),
     "index check": Verb(index_check, IndexCheckConfig, resumable=False),
     "serve": Verb(serve, ServeConfig, resumable=False),
+    "export": Verb(export, ExportConfig, resumable=False),
     "doctor": Verb(doctor, DoctorConfig, resumable=False),
     "demo": Verb(demo, DemoConfig),
 }

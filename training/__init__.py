@@ -6,10 +6,18 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, PretrainConfig, TransferConfig
+from training.configs import (
+    EvaluateConfig,
+    ExportConfig,
+    InferenceConfig,
+    IngestConfig,
+    PretrainConfig,
+    TransferConfig,
+)
 
 if TYPE_CHECKING:
     from training.evaluate import evaluate
+    from training.export import export
     from training.inference import embed, predict
     from training.ingest import ingest
     from training.pretrain import pretrain
@@ -22,16 +30,19 @@ _VERBS = {
     "evaluate": "training.evaluate",
     "predict": "training.inference",
     "embed": "training.inference",
+    "export": "training.export",
 }
 
 __all__ = [
     "EvaluateConfig",
+    "ExportConfig",
     "InferenceConfig",
     "IngestConfig",
     "PretrainConfig",
     "TransferConfig",
     "embed",
     "evaluate",
+    "export",
     "ingest",
     "predict",
     "pretrain",

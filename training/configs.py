@@ -237,6 +237,22 @@ class InferenceConfig(Config):
     "Replace the file at --out."
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ExportConfig(Config):
+    _: KW_ONLY
+    model: str
+    "A RUN, or its model folder."
+    to: Literal["onnx", "timm"]
+    "onnx: a graph from pixel values to probabilities; timm: a folder that timm.create_model loads."
+    out: str
+    "Where the exported model goes."
+    encoder_only: bool = False
+    "Leave the classifier out: features alone."
+    overwrite: bool = False
+    "Replace what is at --out."
+
+
 def parse_size(text: str, *, flag: str = "--image-size") -> tuple[int, int]:
     """`"96"` -> (96, 96) and `"64x144"` -> (64, 144), as (height, width) in pixels.
 
