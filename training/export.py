@@ -372,7 +372,8 @@ def _difference(plan: Plan, answer: Callable[[np.ndarray], list[np.ndarray]]) ->
         pixels = _random_pixels(rng, count, plan.input, coarse=number % 2 == 0)
         images = np.ascontiguousarray(to_tensor(pixels, plan.input.channels).numpy())
         found = answer(images)
-        expected = plan.model.answer(pixels) if plan.classes else (plan.model.embed(pixels),)
+        features = plan.model.embed(pixels)
+        expected = (features, plan.model.classify(features)) if plan.classes else (features,)
         for ours, theirs in zip(expected, found, strict=False):
             if ours.shape != theirs.shape or not np.isfinite(theirs).all():
                 return float("inf")

@@ -113,7 +113,8 @@ def test_an_onnx_classifier_gives_our_features_and_probabilities_at_any_batch_si
     for count in (1, 4, 9):
         shown = pixels(architecture, count)
         found = run_onnx(tmp_path / "out", shown)
-        for ours, theirs in zip(load_model(run).answer(shown), found, strict=True):
+        model = load_model(run)
+        for ours, theirs in zip((model.embed(shown), model.probabilities(shown)), found, strict=True):
             assert theirs.dtype == np.float32 and np.abs(ours - theirs).max() < 1e-4
     proto = onnx.load(str(tmp_path / "out" / "model.onnx"))
     assert {entry.key: entry.value for entry in proto.metadata_props}["classes"].split("\n") == list(NAMES)
