@@ -19,6 +19,8 @@ from typing import Any
 
 from cluster.errors import ResourceError, StoppedError
 
+STARTS = 3
+"""How often a local Ray is tried: on a machine that is busy with something else its parts may miss each other."""
 OBJECT_STORE_BYTES = 2 * 1024**3
 """Largest object store of a local session: Rayograph streams, it does not cache data there."""
 
@@ -192,14 +194,20 @@ def _knock(address: str) -> None:
 
 
 def _start_local(cpus: int) -> str:
+    import ray
+
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else OBJECT_STORE_BYTES
     store = int(max(100 * 1024**2, min(OBJECT_STORE_BYTES, 0.8 * shm)))
-    try:
-        context = _init_local(cpus, store)
-    except Exception as error:
-        raise ResourceError(
-            f"Ray could not be started on this machine ({type(error).__name__}); look at it with: rayograph doctor"
-        ) from error
+    for left in reversed(range(STARTS)):
+        try:
+            context = _init_local(cpus, store)
+            break
+        except Exception as error:
+            ray.shutdown()
+            if not left:
+                raise ResourceError(
+                    f"Ray could not be started on this machine ({type(error).__name__}); look at it with: rayograph doctor"
+                ) from error
     return str(context.address_info["session_dir"])
 
 
