@@ -205,8 +205,9 @@ def _start_local(cpus: int) -> str:
         except Exception as error:
             ray.shutdown()
             if not left:
+                cause = type(error).__name__
                 raise ResourceError(
-                    f"Ray could not be started on this machine ({type(error).__name__}); look at it with: rayograph doctor"
+                    f"Ray could not be started on this machine ({cause}); look at it with: rayograph doctor"
                 ) from error
     return str(context.address_info["session_dir"])
 
