@@ -50,9 +50,12 @@ class Domain:
         the two distances. With Q known images it is never below 1 / (Q + 1), so fewer than 100 can refuse nothing.
         """
         distance = distances_to(self.vectors, features)
-        odd = self._oddness(distance, look_distances_to(self.looks, looks))
-        rank = np.searchsorted(self._known, odd, side="right")
-        return np.asarray((rank + 1) / (len(self._known) + 1)), distance
+        return self.judge_distances(distance, look_distances_to(self.looks, looks)), distance
+
+    def judge_distances(self, distance: np.ndarray, look_distance: np.ndarray) -> np.ndarray:
+        """Typicality [N] of images at these distances [N]."""
+        rank = np.searchsorted(self._known, self._oddness(distance, look_distance), side="right")
+        return np.asarray((rank + 1) / (len(self._known) + 1))
 
     def _oddness(self, distance: np.ndarray, look_distance: np.ndarray) -> np.ndarray:
         """The smaller share, over both distances, of known images that lie at least as far out: small is odd."""

@@ -6,6 +6,7 @@ Runs and their caches live in $RAYOGRAPH_RESULTS (default ~/.cache/rayograph/res
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -15,6 +16,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from training.domain import look_of
+from training.images import decode, to_channels
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RAYOGRAPH_DATA", ROOT.parent / "shared" / "data"))
@@ -101,6 +107,51 @@ def compute(name: str) -> None:
         run(command)
 
 
+STRANGERS = (
+    ("other Pap smears (CRIC)", "cervix/index.csv", "source", "cric"),
+    ("retina, OCT", "retina/index.csv", "modality", "oct"),
+    ("retina, fundus photographs", "retina/index.csv", "modality", "fundus"),
+    ("chest CT", "chest_ct/index.csv", "", ""),
+)
+"""Sets that a model of the Herlev cells should call unlike: (name, index, column, value)."""
+ASKED = 300
+
+
+def unlike() -> str:
+    """How well `in_domain` of a linear probe on the Herlev cells tells other sets, as Markdown.
+
+    Its own kind are the Herlev cells, each judged without its own slide.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    from training.artifact import load_model
+
+    out = CACHE / "cervix-unlike"
+    run(["transfer", "--data", str(CACHE / "cervix"), "--out", str(out), "--init", "imagenet", "--task", "linear"])
+    model = load_model(out)
+    domain = model.domain
+    assert domain is not None
+    own = domain.judge_distances(domain.distances, domain.look_distances)
+    lines = ["| asked about | AUROC | called unlike |", "|---|---|---|"]
+    lines.append(f"| Herlev cells, each without its slide ({len(own)}) | | {(own < domain.limit).mean():.1%} |")
+    for name, index, column, value in STRANGERS:
+        pixels = _pictures(model, DATA / index, column, value)
+        typical, _ = domain.judge(model.embed(pixels), look_of(pixels))
+        odd = [0] * len(own) + [1] * len(typical)
+        auroc = roc_auc_score(odd, -np.concatenate([own, typical]))
+        lines.append(f"| {name} ({len(typical)}) | {auroc:.3f} | {(typical < domain.limit).mean():.1%} |")
+    return "\n".join(lines)
+
+
+def _pictures(model: Any, index: Path, column: str, value: str) -> np.ndarray:
+    """Stored pixels of at most ASKED images, evenly spread over those whose `column` is `value`."""
+    with index.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if not column or row[column] == value]
+    card, chosen = model.card, rows[:: max(1, len(rows) // ASKED)][:ASKED]
+    decoded = [decode((index.parent / row["path"]).read_bytes(), card.image_path) for row in chosen]
+    return np.stack([to_channels(pixels, card.input.channels) for pixels in decoded])
+
+
 def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -137,12 +188,17 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
+    if "unlike" in sys.argv:
+        print("\n" + unlike())
+        return 0
     wanted = [a for a in sys.argv[1:] if a in STUDIES] or list(STUDIES)
     if "--table" not in sys.argv:
         for name in wanted:
             compute(name)
     for name in wanted:
         print("\n" + table(name))
+    if "--table" not in sys.argv and wanted == list(STUDIES):
+        print("\n" + unlike())
     return 0
 
 
