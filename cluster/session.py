@@ -56,7 +56,6 @@ def prepare_environment() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ part writes warnings of its own making to our terminal
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",

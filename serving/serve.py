@@ -15,7 +15,7 @@ from typing import Any
 from cluster import storage
 from cluster.errors import ResourceError, UsageError
 from cluster.progress import say
-from cluster.session import Resources, cores, session
+from cluster.session import Resources, cores, in_cluster, session
 from serving.configs import ServeConfig
 from serving.snapshot import current, same_model
 from training.artifact import load_model, model_folder
@@ -57,6 +57,9 @@ def served(config: ServeConfig) -> Iterator[Running]:
     service = _service(config)
     port = _try_address(config.host, config.port)
     _prepare_environment()
+    import ray
+
+    joined = ray.is_initialized() or in_cluster()
     with session(cpus=cores() + 2) as found:
         from serving.deployments import Listen
         from serving.door import Limits
@@ -66,7 +69,8 @@ def served(config: ServeConfig) -> Iterator[Running]:
         try:
             yield _start(config, service, Listen(config.host, port, limits, keys), found)
         finally:
-            _stop()
+            if joined:  # else Serve ends with the session, and quietly
+                _stop()
 
 
 def key_hashes(path: str | None) -> tuple[bytes, ...]:
