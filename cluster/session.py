@@ -226,5 +226,6 @@ def _init_local(cpus: int, store: int) -> Any:
         _system_config={
             "health_check_timeout_ms": 60_000,  # two busy cores must not look like a dead node
             "worker_maximum_startup_concurrency": cpus,  # by default the real cores, with a warning beyond
+            "enable_metrics_collection": False,  # nobody scrapes a local session; its agent takes a tenth of a core
         },
     )

@@ -25,8 +25,6 @@ from serving.configs import MOST_HITS
 from training.domain import look_of
 from training.images import ImagePath, UnreadableImage, decode, to_channels
 
-Seen = tuple[np.ndarray, np.ndarray]
-"""Features [D] and picture statistics [S] of one image."""
 PAGE = Path(__file__).parent / "page"
 MOST_IMAGES = 64
 """Most images of one multipart request."""
@@ -55,14 +53,15 @@ class Judgement:
     typicality: float | None
 
 
+Seen = tuple[np.ndarray, Judgement]
+"""Features [D] of one image, and what is thought of it."""
+
+
 class Backend(Protocol):
     """What computes; raises `Busy` and `Unanswered`."""
 
-    async def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Features float32 [D] of stored pixels uint8 [H, W, C]."""
-
-    async def judge(self, features: np.ndarray, look: np.ndarray) -> Judgement:
-        """By features [D] and picture statistics [S], see `training.domain.look_of`."""
+    async def see(self, pixels: np.ndarray, look: np.ndarray) -> Seen:
+        """Features float32 [D] and judgement of stored pixels uint8 [H, W, C] with their statistics [S] (`look_of`)."""
 
     async def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool
@@ -322,7 +321,7 @@ class Desk:
             pixels, look = await asyncio.get_running_loop().run_in_executor(self.pool, self._decode, content)
         except UnreadableImage as error:
             raise Fail(400, "unreadable_image", f"the image cannot be read: {error.reason}") from error
-        return await self.backend.embed(pixels), look
+        return await self.backend.see(pixels, look)
 
     def _decode(self, content: bytes) -> tuple[np.ndarray, np.ndarray]:
         pixels = to_channels(decode(content, self.path), self.service.channels)
@@ -331,7 +330,7 @@ class Desk:
     async def classify(self, content: bytes) -> dict[str, Any]:
         if not self.service.classes:
             raise Fail(409, "no_classes", "this model is an encoder without classes")
-        judged = await self.backend.judge(*await self.see(content))
+        _, judged = await self.see(content)
         assert judged.probabilities is not None
         return {
             "classes": ranked(self.service.classes, judged.probabilities),
@@ -342,15 +341,13 @@ class Desk:
     async def search(self, content: bytes, k: int, group: str | None, labelled: bool) -> dict[str, Any]:
         if self.service.index is None:
             raise Fail(409, "no_index", "this server was started without an index")
-        features, look = await self.see(content)
-        (hits, index), judged = await asyncio.gather(
-            self.backend.search(features, k, group, labelled), self.backend.judge(features, look)
-        )
+        features, judged = await self.see(content)
+        hits, index = await self.backend.search(features, k, group, labelled)
         return {"hits": hits, "index": index, **self._ending(judged)}
 
     async def embed(self, content: bytes) -> dict[str, Any]:
-        features, look = await self.see(content)
-        return {"embedding": [float(v) for v in features], **self._ending(await self.backend.judge(features, look))}
+        features, judged = await self.see(content)
+        return {"embedding": [float(v) for v in features], **self._ending(judged)}
 
     def _ending(self, judged: Judgement) -> dict[str, Any]:
         service = self.service

@@ -94,8 +94,6 @@ class ServeConfig(Config):
     "Copies of the encoder, each with its share of the cores or a GPU."
     batch_size: int = 16
     "Most images in one forward pass."
-    batch_wait_ms: float = 4.0
-    "How long a forward pass waits for further images."
     max_queue: int = 128
     "Requests answered at once or waiting; more get 429 and Retry-After."
     max_body_mb: int = 32
@@ -109,7 +107,6 @@ class ServeConfig(Config):
         self._require("port", 0 <= self.port <= 65535, "must lie between 0 and 65535")
         self._require("replicas", self.replicas >= 1, "must be at least 1")
         self._require("batch_size", self.batch_size >= 1, "must be at least 1")
-        self._require("batch_wait_ms", 0 <= self.batch_wait_ms <= 1000, "must lie between 0 and 1000")
         self._require("max_queue", self.max_queue >= 1, "must be at least 1")
         self._require("max_body_mb", 1 <= self.max_body_mb <= 1024, "must lie between 1 and 1024")
         self._require("timeout_s", self.timeout_s > 0, "must be positive")

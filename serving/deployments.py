@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.app import Busy, Judgement, Seen, Service, Unanswered, create_app
+from serving.batcher import Batcher
 from serving.door import Door, Limits
 
 Handle = DeploymentHandle[Any]
@@ -44,33 +44,49 @@ class Listen:
 
 
 class Encoder:
-    """Pixels to features, in batches of what waits while the one before is computed."""
+    """Pixels to features and their judgement, in batches of what waits while the one before is computed.
 
-    def __init__(self, run: str, device: str, threads: int) -> None:
+    On CPUs a single image is computed by all threads together, and a batch in as many parts as there are threads, one
+    thread each: threads that work on one layer together wait for each other at every layer.
+    """
+
+    def __init__(self, run: str, device: str, threads: int, batch_size: int, classifier: Handle) -> None:
         import torch
 
         from training.artifact import load_model
 
+        self.classifier = classifier
+        self.batcher = Batcher(self._see, batch_size)
+        self.parts = threads if device == "cpu" else 1
         # torch's thread count is the calling thread's own, and Ray has set OMP_NUM_THREADS=1
-        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
-        self.model = self.thread.submit(load_model, run, device).result()
+        self.together = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self.apart = ThreadPoolExecutor(self.parts, initializer=torch.set_num_threads, initargs=(1,))
+        self.model = self.together.submit(load_model, run, device).result()
         path, channels = self.model.card.image_path, self.model.card.input.channels
         blank = np.zeros((1, path.height, path.width, channels), dtype=np.uint8)
-        self.thread.submit(self.model.embed, blank).result()  # the first pass is slow; it is nobody's request
+        for pool in (self.together, self.apart):  # the first pass is slow; it is nobody's request
+            pool.submit(self.model.embed, blank).result()
 
-    def reconfigure(self, settings: dict[str, Any]) -> None:
-        self.embed.set_max_batch_size(settings["batch_size"])  # type: ignore[attr-defined]
-        self.embed.set_batch_wait_timeout_s(settings["batch_wait_s"])  # type: ignore[attr-defined]
+    async def alive(self) -> bool:
+        return bool(await self.classifier.alive.remote())
 
-    def alive(self) -> bool:
-        return True
+    async def see(self, shown: tuple[np.ndarray, np.ndarray]) -> Seen:
+        """Features float32 [D] and judgement of a stored image uint8 [H, W, C] with its look [S]."""
+        return await self.batcher.ask(shown)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
-    async def embed(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
-        """Features float32 [D] of each stored image uint8 [H, W, C]."""
-        loop = asyncio.get_running_loop()
-        features = await loop.run_in_executor(self.thread, self.model.embed, np.stack(pixels), len(pixels))
-        return list(features)
+    async def _see(self, shown: list[tuple[np.ndarray, np.ndarray]]) -> list[Seen]:
+        features = await self._embed(np.stack([pixels for pixels, _ in shown]))
+        looks = np.stack([look for _, look in shown])
+        judged = await _ask(self.classifier.judge, features, looks)
+        return list(zip(features, judged, strict=True))
+
+    async def _embed(self, pixels: np.ndarray) -> np.ndarray:
+        loop, model = asyncio.get_running_loop(), self.model
+        if len(pixels) == 1 or self.parts == 1:
+            return await loop.run_in_executor(self.together, model.embed, pixels, len(pixels))
+        parts = np.array_split(pixels, min(self.parts, len(pixels)))
+        work = [loop.run_in_executor(self.apart, model.embed, part, len(part)) for part in parts]
+        return np.concatenate(await asyncio.gather(*work))
 
 
 class Classifier:
@@ -87,15 +103,14 @@ class Classifier:
     def alive(self) -> bool:
         return True
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
-    async def judge(self, seen: list[Seen]) -> list[tuple[Any, Any, Any]]:
-        """(probabilities or None, distance or None, typicality or None) of each image's features [D] and look [S]."""
-        values, model = np.stack([features for features, _ in seen]), self.model
-        probabilities = model.classify(values).tolist() if model.card.head != "none" else [None] * len(values)
+    def judge(self, features: np.ndarray, looks: np.ndarray) -> list[Judgement]:
+        """Of images by features [N, D] and looks [N, S]."""
+        model = self.model
+        classes = model.classify(features).tolist() if model.card.head != "none" else [None] * len(features)
         if model.domain is None:
-            return [(p, None, None) for p in probabilities]
-        typical, distances = model.domain.judge(values, np.stack([look for _, look in seen]))
-        return list(zip(probabilities, distances.tolist(), typical.tolist(), strict=True))
+            return [Judgement(p, None, None) for p in classes]
+        typical, distances = model.domain.judge(features, looks)
+        return [Judgement(*j) for j in zip(classes, distances.tolist(), typical.tolist(), strict=True)]
 
 
 class Neighbours:
@@ -146,10 +161,9 @@ class Ingress:
         service: Service,
         listen: Listen,
         encoder: Handle,
-        classifier: Handle,
         index: Handle | None = None,
     ) -> None:
-        parts = Parts(encoder, classifier, index)
+        parts = Parts(encoder, index)
         await parts.ready()
         if index is not None:
             service = replace(service, index=await index.facts.remote())
@@ -246,14 +260,12 @@ def bound(host: str, port: int) -> socket.socket:
 class Parts:
     """The `Backend` of `serving.app` over the deployments' handles."""
 
-    def __init__(self, encoder: Handle, classifier: Handle, index: Handle | None) -> None:
-        self.encoder, self.classifier, self.index = encoder, classifier, index
+    def __init__(self, encoder: Handle, index: Handle | None) -> None:
+        self.encoder, self.index = encoder, index
 
-    async def embed(self, pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(await _ask(self.encoder.embed, pixels))
-
-    async def judge(self, features: np.ndarray, look: np.ndarray) -> Judgement:
-        return Judgement(*await _ask(self.classifier.judge, (features, look)))
+    async def see(self, pixels: np.ndarray, look: np.ndarray) -> Seen:
+        seen: Seen = await _ask(self.encoder.see, (pixels, look))
+        return seen
 
     async def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool
@@ -263,7 +275,7 @@ class Parts:
         return found
 
     async def ready(self) -> None:
-        for handle in (self.encoder, self.classifier, self.index):
+        for handle in (self.encoder, self.index):
             if handle is not None:
                 await _ask(handle.alive)
 

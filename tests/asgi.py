@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.app import Judgement, Service
+from serving.app import Judgement, Seen, Service
 from serving.door import Application, Message
 from training.images import ImagePath
 
@@ -140,17 +140,15 @@ class Fake:
         if self.fault is not None:
             raise self.fault
 
-    async def embed(self, pixels: np.ndarray) -> np.ndarray:
+    async def see(self, pixels: np.ndarray, look: np.ndarray) -> Seen:
         self.embedded += 1
         await self._pause()
-        return np.asarray(pixels.reshape(-1, pixels.shape[-1]).mean(axis=0), dtype=np.float32)
-
-    async def judge(self, features: np.ndarray, look: np.ndarray) -> Judgement:
+        features = np.asarray(pixels.reshape(-1, pixels.shape[-1]).mean(axis=0), dtype=np.float32)
         if not self.classes:
-            return Judgement(None, None, None)
+            return features, Judgement(None, None, None)
         scores = np.exp(features[: len(self.classes)] / 100)
         distance = float(features[0] / 255)
-        return Judgement((scores / scores.sum()).tolist(), distance, 1 - distance)
+        return features, Judgement((scores / scores.sum()).tolist(), distance, 1 - distance)
 
     async def search(
         self, features: np.ndarray, k: int, group: str | None, labelled: bool
