@@ -16,6 +16,7 @@ from training.configs import PretrainConfig
 REQUIRED = {
     "source": "some images",
     "image": "cell.png",
+    "to": "onnx",
     "index": "index",
     "data": "some images",
     "model": "run",
