@@ -153,7 +153,7 @@ class Ingress:
     """The HTTP server: reads, bounds and decodes requests, and puts answers together.
 
     It listens by itself. Behind Serve's own proxy every request crosses a process more, whose queue holds whole bodies
-    without a bound: measured, see README.
+    without a bound; HAProxy in its place listens on all interfaces, whatever host was asked for (ray 2.60).
     """
 
     async def __init__(  # type: ignore[misc] # Serve awaits it, so that the server starts in the replica's own loop

@@ -58,6 +58,7 @@ def served(config: ServeConfig) -> Iterator[Running]:
         )
     service = _service(config)
     port = _try_address(config.host, config.port)
+    say(f"starting to serve {config.model} …")
     _prepare_environment()
     import ray
 
