@@ -28,7 +28,8 @@ PHANTOMS = 600
 PRETRAIN_EPOCHS = 30
 FINETUNE_EPOCHS = 5
 SEARCH_TRIALS, SEARCH_EPOCHS = 4, 3
-IMAGENET_SIZE = "96"
+SEARCH_SIZE, IMAGENET_SIZE = "96", "128"
+"""The search looks at smaller images, to take minutes; what it found is then fitted at the weights' usual size."""
 FOLDS = 3
 HITS = 5
 WORKERS = 2
@@ -146,8 +147,9 @@ def steps(config: DemoConfig) -> dict[str, Step]:
     dataset, pretrained = out / "dataset", out / "pretrain"
     probe = ("--task", "linear", "--folds", str(FOLDS))
     search, imagenet = out / "search", out / "imagenet"
-    trials = ("--trials", str(SEARCH_TRIALS), "--epochs", str(SEARCH_EPOCHS), "--image-size", IMAGENET_SIZE)
-    finetune = ("--config", str(search / "best.yaml"), "--folds", str(FOLDS), "--epochs", str(FINETUNE_EPOCHS))
+    trials = ("--trials", str(SEARCH_TRIALS), "--epochs", str(SEARCH_EPOCHS), "--image-size", SEARCH_SIZE)
+    size = ("--image-size", IMAGENET_SIZE)
+    finetune = ("--config", str(search / "best.yaml"), *size, "--folds", str(FOLDS), "--epochs", str(FINETUNE_EPOCHS))
     commands: dict[str, tuple[str, ...]] = {
         "dataset": ("ingest", config.data or f"phantom:{PHANTOMS}"),
         "pretrain": ("pretrain", str(dataset), "--epochs", str(PRETRAIN_EPOCHS), "--workers", str(WORKERS)),

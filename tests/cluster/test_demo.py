@@ -55,7 +55,7 @@ def test_every_command_is_one_that_the_command_line_takes(
     served = seen.pop()
     assert (served.model, served.index) == (str(chain["imagenet"].out), str(chain["index"].out))
     assert [config.out for config in seen] == [str(step.out) for step in chain.values()]
-    assert (seen[5].lr, seen[5].image_size, seen[5].epochs) == (0.002, "96", demo.FINETUNE_EPOCHS)
+    assert (seen[5].lr, seen[5].image_size, seen[5].epochs) == (0.002, demo.IMAGENET_SIZE, demo.FINETUNE_EPOCHS)
     assert all(config.overwrite for config in seen)
     assert (seen[0].source, seen[3].init) == (data or f"phantom:{demo.PHANTOMS}", str(chain["pretrain"].out))
 
