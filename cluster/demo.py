@@ -127,7 +127,8 @@ def demo(config: DemoConfig, tools: Tools) -> dict[str, object]:
         _run(step)
     summaries = {name: storage.read_json(step.out / "summary.json") for name, step in chain.items()}
     answers = ask(chain, tools.questions(str(chain["dataset"].out), out / "questions"))
-    parts = [*compare(summaries, chain), served_part(answers, out, tools)]
+    compared = compare(summaries, chain)
+    parts = [*compared[:-1], served_part(answers, out, tools), compared[-1]]  # the figures come last
     tools.write_report(out / "report.html", "Rayograph demo: from images to endpoints", parts)
     seconds = time.monotonic() - start
     summary = _summary(summaries, answers) | {"seconds": round(seconds, 1)}
