@@ -134,7 +134,7 @@ def doctor(config: DoctorConfig = DoctorConfig()) -> int:  # noqa: B008 - frozen
 
 
 def demo(config: DemoConfig = DemoConfig()) -> object:  # noqa: B008 - frozen
-    """Run the whole chain, small, and compare training with and without pretraining."""
+    """Run the whole chain, small: from images to endpoints that are asked, with and without pretraining."""
     from cluster.demo import Tools
     from cluster.demo import demo as run
     from training.examples import draw_answer, questions

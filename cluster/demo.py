@@ -1,6 +1,6 @@
 """The whole chain, small, as the very commands a user would type, each run as a process of its own.
 
-Imports nothing of what it runs; the report is written through a function that the command line passes in.
+Imports nothing of what it runs; what needs images or reports comes in as `Tools` from the command line.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import yaml
 
 from cluster import storage
 from cluster.errors import UsageError, nearest
-from cluster.outdir import FORMAT, config_text
+from cluster.outdir import FORMAT, OutDir, config_text
 
 HEADER = ("verb", "format")
 """Keys of a `config.yaml` that are not fields: which verb wrote it, and in which format version."""
@@ -33,6 +33,19 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def open_out(self, verb: str) -> OutDir:
+        """The `--out` of this config, claimed for it; errors as `OutDir.open`."""
+        values = self.as_dict()
+        raisable = {name: values[name] for name in self.RAISABLE}
+        return OutDir.open(
+            values["out"],
+            verb=verb,
+            config=values,
+            identity=self.identity(),
+            raisable=raisable,
+            overwrite=values["overwrite"],
+        )
 
     def _require(self, field: str, ok: bool, rule: str) -> None:
         if not ok:

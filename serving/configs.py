@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -77,8 +77,6 @@ class IndexCheckConfig(Config):
 @Parameter(name="*")
 @dataclass(frozen=True)
 class ServeConfig(Config):
-    RUNTIME: ClassVar[frozenset[str]] = frozenset()
-
     _: KW_ONLY
     model: str
     "A RUN, or its model folder."

@@ -68,7 +68,7 @@ class Encoder:
             pool.submit(self.model.embed, blank).result()
 
     async def alive(self) -> bool:
-        return bool(await self.classifier.alive.remote())
+        return bool(await _ask(self.classifier.alive))
 
     async def see(self, shown: tuple[np.ndarray, np.ndarray]) -> Seen:
         """Features float32 [D] and judgement of a stored image uint8 [H, W, C] with its look [S]."""

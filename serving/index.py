@@ -13,14 +13,13 @@ from typing import Any
 
 from cluster import storage
 from cluster.errors import DataError, UsageError
-from cluster.outdir import OutDir
 from cluster.progress import say
 from serving import snapshot as snapshots
 from serving.apart import apart
 from serving.configs import IndexBuildConfig, IndexCheckConfig, IndexSearchConfig
 from serving.neighbours import allowed_rows, build_files, hits, recall_of, search_snapshot
 from serving.snapshot import Snapshot
-from training.artifact import load_model, model_folder, read_card
+from training.artifact import load_model, model_folder, read_card, run_name
 from training.images import UnreadableImage, decode, to_channels
 
 SCRATCH = ".build-"
@@ -36,15 +35,7 @@ def build(config: IndexBuildConfig, *, gallery: Gallery) -> dict[str, Any]:
     """
     _, hashes = read_card(config.model)
     digest = hashes["model.safetensors"]
-    opened = OutDir.open(
-        config.out,
-        verb="index-build",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("index-build") as out:
         if out.state == "done":
             return _same(config, out.summary(), digest)
         started = time.monotonic()
@@ -60,7 +51,11 @@ def build(config: IndexBuildConfig, *, gallery: Gallery) -> dict[str, Any]:
         for leftover in out.path.glob(f"{SCRATCH}*"):  # of a build that was killed
             storage.remove(leftover)
         manifest = {
-            "model": {"name": _name_of(config.model), "path": _folder(config.model), "sha256": digest},
+            "model": {
+                "name": run_name(config.model),
+                "path": str(model_folder(config.model).resolve()),
+                "sha256": digest,
+            },
             **facts,
         }
         with tempfile.TemporaryDirectory(dir=out.path, prefix=SCRATCH) as scratch, apart() as other:
@@ -143,16 +138,6 @@ def _group(config: IndexSearchConfig, snapshot: Snapshot, content: bytes) -> str
     if group is None:
         raise UsageError(f"{config.image}: not an image of this index, so its group is not known; give it with --group")
     return group
-
-
-def _folder(run: str) -> str:
-    return str(model_folder(run).resolve())
-
-
-def _name_of(run: str) -> str:
-    """The RUN's own name, also where its model folder was given."""
-    folder = model_folder(run).resolve()
-    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:

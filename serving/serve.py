@@ -18,7 +18,7 @@ from cluster.progress import say
 from cluster.session import Resources, cores, in_cluster, session
 from serving.configs import ServeConfig
 from serving.snapshot import current, same_model
-from training.artifact import load_model, model_folder
+from training.artifact import load_model, model_folder, run_name
 
 SHORTEST_KEY = 16
 LOOK_S = 5.0
@@ -129,9 +129,9 @@ def _service(config: ServeConfig) -> Any:
         snapshot = current(config.index)
         same_model(snapshot, model.sha256, config.model)
         index = {"snapshot": snapshot.name}
-    card, folder = model.card, model_folder(config.model).resolve()
+    card = model.card
     return Service(
-        name=folder.parent.name if folder.name == "model" else folder.name,
+        name=run_name(config.model),
         sha256=model.sha256,
         classes=card.classes,
         image_path=card.image_path.as_dict(),
@@ -150,16 +150,16 @@ def _prepare_environment() -> None:
     OpenMP threads that spin for long after their work would take the cores from the process that reads requests; ones
     that sleep at once are woken at every layer (a call of 33 ms takes 98). So they spin for well under a millisecond.
     """
-    for name, value in {
+    defaults = {
         "GOMP_SPINCOUNT": "200000",
         "KMP_BLOCKTIME": "1",
-        "RAY_max_direct_call_object_size": str(
-            2**20
-        ),  # an image's pixels travel with the call, not by the object store
+        # an image's pixels are to travel with the call, not by the object store
+        "RAY_max_direct_call_object_size": str(2**20),
         "RAY_worker_niceness": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-    }.items():
+    }
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 

@@ -185,6 +185,12 @@ def model_folder(run: str | Path) -> Path:
     raise UsageError(f"{run}: not a RUN (no model/model.json)")
 
 
+def run_name(run: str | Path) -> str:
+    """The RUN's own name, also where its model folder was given."""
+    folder = model_folder(run).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def read_card(run: str | Path) -> tuple[ModelCard, dict[str, str]]:
     """(model.json, the sha256 of the files beside it), after a check of its format version."""
     folder = model_folder(run)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import UsageError
-from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from training import metrics
 from training.artifact import Model, load_model, model_folder
@@ -29,15 +28,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UsageError: the model has no classes, labels are not among them, or images are of the model's lineage.
     """
     model_folder(config.model)
-    opened = OutDir.open(
-        config.out,
-        verb="evaluate",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("evaluate") as out:
         if out.state == "done":
             return out.summary()
         started = time.monotonic()

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from cluster import storage
 from cluster.errors import RayographError, ResourceError, UsageError
-from cluster.outdir import OutDir
 from cluster.progress import say
 from training.artifact import Model, forward, load_model, model_folder, versions
 from training.calibration import FLOOR
@@ -55,15 +54,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     model_folder(config.model)
     if config.to == "onnx":
         _require_onnx()
-    opened = OutDir.open(
-        config.out,
-        verb="export",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("export") as out:
         if out.state == "done":
             return out.summary()
         started = time.monotonic()

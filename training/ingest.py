@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import DataError, UsageError
-from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
 from training import copies
@@ -140,15 +139,7 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     height, width = parse_size(size)
     path = ImagePath(height, width, config.fit, config.window, config.max_pixels)
     listing = list_source(config.source, seed=config.seed, size=max(height, width))
-    opened = OutDir.open(
-        config.out,
-        verb="ingest",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("ingest") as out:
         if out.state == "done":
             return out.summary()
         started = time.monotonic()

@@ -44,15 +44,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if config.method not in METHODS:
         raise UsageError(f"--method {config.method}: no such method.{nearest(config.method, METHODS)}")
     _refuse_early(config)
-    opened = OutDir.open(
-        config.out,
-        verb="pretrain",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={name: getattr(config, name) for name in config.RAISABLE},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("pretrain") as out:
         if out.state == "done":
             return out.summary()
         for name in (STOP, FAILURE):

@@ -43,15 +43,7 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     """
     if config.init not in {"imagenet", "none"} and Path(config.init).is_dir():
         model_folder(config.init)  # not a RUN: said before anything is read
-    opened = OutDir.open(
-        config.out,
-        verb="transfer",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("transfer") as out:
         if out.state == "done":
             return out.summary()
         dataset = resolve_data(config.data, out=config.out)

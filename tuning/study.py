@@ -51,15 +51,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         UsageError: a flag, the data or the first weights cannot be right.
         RayographError: every trial failed.
     """
-    opened = OutDir.open(
-        config.out,
-        verb="tune",
-        config=config.as_dict(),
-        identity=config.identity(),
-        raisable={name: getattr(config, name) for name in config.RAISABLE},
-        overwrite=config.overwrite,
-    )
-    with opened as out:
+    with config.open_out("tune") as out:
         if out.state == "done":
             return out.summary()
         dataset = resolve_data(config.data, out=config.out)

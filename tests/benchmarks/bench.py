@@ -35,14 +35,12 @@ ROUNDS = 3
 
 def main() -> int:
     wanted = sys.argv[1:] or list(PARTS)
-    rows: list[tuple[str, str, str, str, str]] = []
+    print(f"{cores()} cores, torch {_torch_version()}\n")
+    print("| what | ours | peer | ratio | aim |\n|---|---|---|---|---|", flush=True)
     for name in wanted:
         print(f"… {name}", file=sys.stderr, flush=True)
-        rows += PARTS[name]()
-    print(f"\n{cores()} cores, torch {_torch_version()}\n")
-    print("| what | ours | peer | ratio | aim |\n|---|---|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+        for row in PARTS[name]():
+            print("| " + " | ".join(row) + " |", flush=True)
     return 0
 
 
