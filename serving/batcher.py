@@ -1,7 +1,7 @@
 """Batches of what waits: while one is computed the next one gathers, and an idle computer waits for nobody.
 
 Not `@serve.batch`: it closes a batch after a time window even while the one before is still being computed, so that
-under a steady load of slow calls every batch holds one request (ray 2.60; measured: 18 instead of 34 images/s).
+under a steady load of slow calls every batch holds one request (ray 2.60; here that halved the throughput).
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ def _prepare_environment() -> None:
     """What Ray's processes inherit; the user's own values win.
 
     OpenMP threads that spin for long after their work would take the cores from the process that reads requests; ones
-    that sleep at once are woken at every layer (a call of 33 ms takes 98). So they spin for well under a millisecond.
+    that sleep at once are woken at every layer, which made a call three times as long. So they spin for well under a
+    millisecond.
     """
     defaults = {
         "GOMP_SPINCOUNT": "200000",

@@ -132,14 +132,18 @@ def unlike() -> str:
     domain = model.domain
     assert domain is not None
     own = domain.judge_distances(domain.distances, domain.look_distances)
-    lines = ["| asked about | AUROC | called unlike |", "|---|---|---|"]
-    lines.append(f"| Herlev cells, each without its slide ({len(own)}) | | {(own < domain.limit).mean():.1%} |")
+    known = np.sort(domain.distances)
+    lines = ["| asked about | AUROC | called unlike | by features alone |", "|---|---|---|---|"]
+    lines.append(f"| Herlev cells, each without its slide ({len(own)}) | | {(own < domain.limit).mean():.1%} | |")
     for name, index, column, value in STRANGERS:
         pixels = _pictures(model, DATA / index, column, value)
-        typical, _ = domain.judge(model.embed(pixels), look_of(pixels))
+        typical, distance = domain.judge(model.embed(pixels), look_of(pixels))
+        alone = distance > np.quantile(known, 1 - domain.limit)
         odd = [0] * len(own) + [1] * len(typical)
         auroc = roc_auc_score(odd, -np.concatenate([own, typical]))
-        lines.append(f"| {name} ({len(typical)}) | {auroc:.3f} | {(typical < domain.limit).mean():.1%} |")
+        lines.append(
+            f"| {name} ({len(typical)}) | {auroc:.3f} | {(typical < domain.limit).mean():.1%} | {alone.mean():.1%} |"
+        )
     return "\n".join(lines)
 
 
