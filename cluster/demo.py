@@ -25,9 +25,9 @@ from cluster import storage
 from cluster.errors import RayographError
 
 PHANTOMS = 600
-PRETRAIN_EPOCHS = 30
-FINETUNE_EPOCHS = 5
-SEARCH_TRIALS, SEARCH_EPOCHS = 4, 3
+PRETRAIN_EPOCHS = 15
+FINETUNE_EPOCHS = 4
+SEARCH_TRIALS, SEARCH_EPOCHS = 3, 2
 SEARCH_SIZE, IMAGENET_SIZE = "96", "128"
 """The search looks at smaller images, to take minutes; what it found is then fitted at the weights' usual size."""
 FOLDS = 3
