@@ -20,6 +20,11 @@ from serving.answers import ranked
 from training.artifact import Model, load_model
 from training.images import decode, to_channels
 
+try:
+    import litserve
+except ImportError:  # only its own row needs it
+    litserve = None
+
 BATCH = 16
 
 
@@ -74,37 +79,43 @@ def batcher(run: str) -> FastAPI:
     return app
 
 
-def litserve(run: str, port: int) -> None:
-    import litserve as ls
+class LitApi(litserve.LitAPI if litserve else object):  # type: ignore[misc]
+    """The model behind LitServe, which starts its workers by pickling this: hence no local class."""
 
-    class Api(ls.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            torch.set_num_threads(cores())
-            self.model = load_model(run)
+    run: str
 
-        async def decode_request(self, request: Request) -> np.ndarray:
-            return pixels_of(self.model, await request.body())
+    def setup(self, device: str) -> None:
+        torch.set_num_threads(cores())
+        self.model = load_model(self.run)
 
-        def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-            return list(inputs)
+    async def decode_request(self, request: Request) -> np.ndarray:
+        return pixels_of(self.model, await request.body())
 
-        def predict(self, x: list[np.ndarray]) -> list[dict[str, Any]]:
-            return answers_of(self.model, x)
+    def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        return list(inputs)
 
-        def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return output
+    def predict(self, x: list[np.ndarray]) -> list[dict[str, Any]]:
+        return answers_of(self.model, x)
 
-        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-            return output
+    def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return output
 
-    api = Api(max_batch_size=BATCH, batch_timeout=0.005, api_path="/v1/classify")
-    ls.LitServer(api, accelerator="cpu", timeout=60).run(port=port, host="127.0.0.1", generate_client_file=False)
+    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+        return output
+
+
+def serve_with_litserve(run: str, port: int) -> None:
+    api = LitApi(max_batch_size=BATCH, batch_timeout=0.005, api_path="/v1/classify")
+    api.run = run
+    litserve.LitServer(api, accelerator="cpu", timeout=60).run(
+        port=port, host="127.0.0.1", generate_client_file=False
+    )
 
 
 if __name__ == "__main__":
     name, run, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
     if name == "litserve":
-        litserve(run, port)
+        serve_with_litserve(run, port)
     else:
         import uvicorn
 
