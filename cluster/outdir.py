@@ -5,23 +5,22 @@ Knows files and plain values only; what a verb computes, and how it resumes, is 
 
 from __future__ import annotations
 
-import os
 import re
-import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cluster import storage
-from cluster.errors import LockedError, UsageError
+from cluster.errors import UsageError
+from cluster.lease import Lock, Pace
+from cluster.mirror import CONFIG, LOCK, LOG, SUMMARY, Mirror
 
 FORMAT = 1
 """Format version of `config.yaml` and of the sidecar beside a single-file result."""
-CONFIG, SUMMARY, LOG, LOCK = "config.yaml", "summary.json", "run.log", ".lock"
 _MARKER = re.compile(rb"verb: [a-z][a-z-]*\n")
 _OWN_TEMPORARY = re.compile(r"\.(config\.yaml|summary\.json)\.[0-9a-f]{8}\.tmp")
 
@@ -33,44 +32,84 @@ class OutDir:
 
     `state` is "new" (empty), "resume" (an unfinished run of the same config, or a finished one whose `raisable` fields
     grew) or "done" (nothing to do). A block left by a UsageError before it wrote anything leaves no folder behind.
+
+    `path` is where files are written: the folder itself, or scratch of this machine for one on an object store, which
+    has them when `push` or `finish` returns, or the block ends, however it ends. `uri` is what others know it by.
     """
 
     path: Path
+    uri: str
     state: Literal["new", "resume", "done"]
 
-    def __init__(self, path: Path, state: Literal["new", "resume", "done"], lock: _Lock, created: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        state: Literal["new", "resume", "done"],
+        lock: Lock,
+        created: Path | None,
+        mirror: Mirror | None = None,
+    ) -> None:
         self.path = path
+        self.uri = mirror.uri if mirror else str(path.absolute())
         self.state = state
         self._lock = lock
         self._created = created
+        self._mirror = mirror
 
     @classmethod
     def open(
-        cls, path: str, *, verb: str, config: Values, identity: Values, raisable: Values, overwrite: bool
+        cls,
+        path: str,
+        *,
+        verb: str,
+        config: Values,
+        identity: Values,
+        raisable: Values,
+        overwrite: bool,
+        lazy: Collection[str] = (),
+        pace: Pace | None = None,
     ) -> OutDir:
         """The folder exists, is locked, and holds `config.yaml` and `run.log`; or, on an error, is as it was.
 
         Args:
+            path: a folder, or a URI below which files are published.
             config: every field, written to `config.yaml`; plain values.
             identity: those that decide the result, compared with the ones of an existing folder.
             raisable: those that may have grown since, such as `epochs`, whether or not `identity` has them too.
             overwrite: throw away what is there, if it is empty or a result of ours.
+            lazy: names in it that are not fetched to scratch, because whoever needs them reads them at `uri`.
+            pace: how long the lease of a URI lives.
 
         Raises:
-            UsageError: the folder holds another config's result, or something that is not ours.
+            UsageError: the folder holds another config's result, or something that is not ours, or a value carries
+                credentials.
             LockedError: another process is writing it.
         """
-        if not storage.is_local(path):
-            raise UsageError(f"--out {path}: must be a folder of this machine")
-        folder = storage.local_path(path)
-        wanted = _Wanted(verb, _yaml_values(config), _yaml_values(identity), _yaml_values(raisable))
+        for value in config.values():
+            for text in value if isinstance(value, list | tuple) else [value]:
+                storage.refuse_credentials(str(text))
+        wanted = _Wanted(
+            verb,
+            yaml_values(config),
+            yaml_values(identity),
+            yaml_values(raisable),
+            f"--out {storage.printable(path)}",
+        )
+        out = cls._remote(path, wanted, overwrite, lazy, pace) if not storage.is_local(path) else None
+        out = out or cls._local(storage.local_path(path), wanted, overwrite)
+        if out.state == "done":
+            print(f"already done: {storage.printable(path)}")
+        return out
+
+    @classmethod
+    def _local(cls, folder: Path, wanted: _Wanted, overwrite: bool) -> OutDir:
         with storage.explained(folder):
             if folder.exists() and not folder.is_dir():
-                raise UsageError(f"--out {storage.printable(folder)}: is a file, but a folder is needed")
-            _refuse_foreign(folder, overwrite)
+                raise UsageError(f"{wanted.where}: is a file, but a folder is needed")
+            _refuse_foreign(folder, wanted, overwrite)
             created = _make(folder)
             try:
-                lock = _Lock(folder / LOCK, folder)
+                lock = Lock(folder / LOCK, storage.printable(folder))
             except BaseException:
                 _unmake(folder, created)
                 raise
@@ -80,22 +119,61 @@ class OutDir:
                 _unmake(folder, created)
                 lock.release()
                 raise
-        if state == "done":
-            print(f"already done: {storage.printable(folder)}")
         return cls(folder, state, lock, created)
+
+    @classmethod
+    def _remote(cls, uri: str, wanted: _Wanted, overwrite: bool, lazy: Collection[str], pace: Pace | None) -> OutDir:
+        mirror = Mirror(uri, pace)
+        try:
+            with storage.explained(mirror.path):
+                lock = Lock(mirror.path / LOCK, storage.printable(uri))
+                try:
+                    _empty(mirror.path)
+                    mirror.pull([CONFIG, SUMMARY])
+                    if not mirror.is_empty({LOG}):
+                        _refuse_foreign(mirror.path, wanted, overwrite, empty=False)
+                    if overwrite or (_is_ours(mirror.path) and _is_erased(mirror.path)):
+                        mirror.erase(config_text("erase", {"erased": True}))
+                        _empty(mirror.path)
+                    state = _claim(mirror.path, wanted, overwrite=False)
+                    if state == "resume":
+                        mirror.pull_rest(lazy)
+                    mirror.push()
+                except BaseException:
+                    lock.release()
+                    raise
+        except BaseException:
+            mirror.release()
+            raise
+        return cls(mirror.path, state, lock, None, mirror)
 
     @property
     def log(self) -> Path:
         """The run's log, for whatever is too chatty for the terminal."""
         return self.path / LOG
 
+    def name(self, *parts: str) -> str:
+        """What people call a file of the result: where it is, or will be, and not the scratch of this machine."""
+        return storage.join(self.uri, *parts) if self._mirror else str(self.path.joinpath(*parts))
+
     def summary(self) -> Values:
         """The summary of a finished folder."""
         return dict(storage.read_json(self.path / SUMMARY))
 
+    def push(self) -> None:
+        """What was written so far survives this machine.
+
+        Raises:
+            LockedError: another process has taken over; it must be left alone.
+        """
+        if self._mirror:
+            self._mirror.push()
+
     def finish(self, summary: Values) -> None:
         """The folder is done: `summary.json` stands in it, whole. Everything else was written before."""
+        self.push()
         storage.write_json(self.path / SUMMARY, summary)
+        self.push()
         self.state = "done"
 
     def __enter__(self) -> Self:
@@ -104,84 +182,15 @@ class OutDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, UsageError) and self.state == "new" and _untouched(self.path):
-            _empty(self.path)
-            _unmake(self.path, self._created)
-        self._lock.release()
-
-
-class OutFile:
-    """A single-file `--out` held by this process; its config and summary lie beside it in `NAME.json`.
-
-    `state` is "new" or "done". A block that ends without `finish` leaves what it found.
-    """
-
-    path: Path
-    state: Literal["new", "done"]
-
-    def __init__(self, path: Path, state: Literal["new", "done"], lock: _Lock, header: Values) -> None:
-        self.path = path
-        self.state = state
-        self._lock = lock
-        self._header = header
-
-    @property
-    def tmp(self) -> Path:
-        """Where to write the file before `finish`: the same folder, so that publishing is one rename."""
-        return self.path.with_name(f".{self.path.name}.tmp")
-
-    @property
-    def sidecar(self) -> Path:
-        return _sidecar(self.path)
-
-    def summary(self) -> Values:
-        """The summary of a finished file."""
-        return dict(storage.read_json(self.sidecar)["summary"])
-
-    def finish(self, summary: Values) -> None:
-        """`tmp` has become the result, and the sidecar says what it is."""
-        storage.remove(self.sidecar)
-        storage.publish_file(self.tmp, self.path)
-        storage.write_json(self.sidecar, {**self._header, "summary": summary})
-        self.state = "done"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        storage.remove(self.tmp)
-        self._lock.discard()
-
-
-def claim_file(path: str, *, verb: str, identity: Values, overwrite: bool) -> OutFile:
-    """The single-file result `path` is locked by this process and may be written, or is already done.
-
-    Args:
-        identity: the fields that decide the result, compared with the sidecar's.
-
-    Raises:
-        UsageError: another result or a foreign file is there and `overwrite` is off, or its folder is missing.
-        LockedError: another process is writing it.
-    """
-    if not storage.is_local(path):
-        raise UsageError(f"--out {path}: must be a file of this machine")
-    file = storage.local_path(path)
-    header = {"verb": verb, "format": FORMAT, "config": _yaml_values(identity)}
-    with storage.explained(file):
-        if file.is_dir():
-            raise UsageError(f"--out {storage.printable(file)}: is a folder, but a file is needed")
-        _make(file.parent)
-        lock = _Lock(file.with_name(f".{file.name}.lock"), file)
         try:
-            state = _claim_file(file, header, overwrite)
-        except BaseException:
-            lock.discard()
-            raise
-    if state == "done":
-        print(f"already done: {storage.printable(file)}")
-    return OutFile(file, state, lock, header)
+            unused = isinstance(error, UsageError) and self.state == "new" and _untouched(self.path)
+            if self._mirror:
+                self._mirror.end(error, unused and self._mirror.is_empty({CONFIG, LOG}))
+            elif unused:
+                _empty(self.path)
+                _unmake(self.path, self._created)
+        finally:
+            self._lock.release()
 
 
 def config_text(verb: str, config: Values) -> str:
@@ -198,51 +207,21 @@ class _Wanted:
     config: Values
     identity: Values
     raisable: Values
-
-
-class _Lock:
-    """An operating-system lock (it dies with its process) on a file that names its holder."""
-
-    def __init__(self, path: Path, subject: Path) -> None:
-        self._path = path
-        # the short wait covers a holder that is just deleting the folder it could not use
-        self._lock = FileLock(path, timeout=0.3, poll_interval=0.05)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise LockedError(
-                f"{storage.printable(subject)}: another process is writing it ({_holder(path)}); "
-                "wait for it or choose another --out"
-            ) from None
-        path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def discard(self) -> None:
-        """Released, and its file is gone; `filelock` notices an unlinked file, so waiters cannot split."""
-        self._path.unlink(missing_ok=True)
-        self._lock.release()
-
-
-def _holder(lock: Path) -> str:
-    try:
-        return storage.printable(lock.read_text(encoding="utf-8", errors="replace").strip()[:200]) or "unknown"
-    except OSError:
-        return "unknown"
+    where: str
+    """How errors begin."""
 
 
 def _claim(folder: Path, wanted: _Wanted, overwrite: bool) -> Literal["new", "resume", "done"]:
     """What the locked `folder` is to this run; on return it holds a `config.yaml` that says so."""
-    _refuse_foreign(folder, overwrite)  # again, now that nobody else can change it
+    _refuse_foreign(folder, wanted, overwrite)  # again, now that nobody else can change it
     if _is_empty(folder):
         _empty(folder)
         return _start(folder, wanted)
     if overwrite or _is_erased(folder):
         _erase(folder)
         return _start(folder, wanted)
-    stored = _stored(folder)
-    _refuse_other(folder, wanted, stored)
+    stored = _stored(folder, wanted.where)
+    _refuse_other(wanted, stored)
     raised = any(value != stored[name] for name, value in wanted.raisable.items())
     finished = (folder / SUMMARY).exists()
     if finished and not raised:
@@ -264,16 +243,17 @@ def _start(folder: Path, wanted: _Wanted) -> Literal["new"]:
     return "new"
 
 
-def _refuse_foreign(folder: Path, overwrite: bool) -> None:
-    if _is_empty(folder) or _is_ours(folder):
+def _refuse_foreign(folder: Path, wanted: _Wanted, overwrite: bool, *, empty: bool | None = None) -> None:
+    """Raises UsageError where something else is there. empty: whether nothing is, where `folder` does not show it."""
+    if (_is_empty(folder) if empty is None else empty) or _is_ours(folder):
         return
     advice = "it will not be overwritten; choose another --out" if overwrite else "choose another --out"
-    raise UsageError(f"--out {storage.printable(folder)}: holds something that is not a result of rayograph; {advice}")
+    raise UsageError(f"{wanted.where}: holds something that is not a result of rayograph; {advice}")
 
 
-def _refuse_other(folder: Path, wanted: _Wanted, stored: Values) -> None:
-    """Raises UsageError naming the first field in which the result in `folder` is another one."""
-    where = f"--out {storage.printable(folder)}"
+def _refuse_other(wanted: _Wanted, stored: Values) -> None:
+    """Raises UsageError naming the first field in which the result that is there is another one."""
+    where = wanted.where
     advice = "use --overwrite or another --out"
     if stored.get("verb") != wanted.verb:
         raise UsageError(f"{where}: holds a result of `rayograph {stored.get('verb')}`; {advice}")
@@ -287,31 +267,30 @@ def _refuse_other(folder: Path, wanted: _Wanted, stored: Values) -> None:
         lowered = name in wanted.raisable and not _grew(old, new)
         if old != new and (name not in wanted.raisable or lowered):
             rule = f"{name} may grow but not shrink" if lowered else f"{name} differs"
-            raise UsageError(f"{where}: {rule} ({_short(old)} there, {_short(new)} now); {advice}")
+            raise UsageError(f"{where}: {rule} ({short(old)} there, {short(new)} now); {advice}")
 
 
 def _grew(old: object, new: object) -> bool:
     return isinstance(old, int | float) and isinstance(new, int | float) and new >= old
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a part of one line."""
     text = storage.printable(str(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _stored(folder: Path) -> Values:
+def _stored(folder: Path, where: str) -> Values:
     try:
         values = yaml.safe_load(storage.read_bytes(folder / CONFIG).decode("utf-8", "surrogateescape"))
     except (yaml.YAMLError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise UsageError(
-            f"--out {storage.printable(folder)}: its config.yaml is damaged; use --overwrite or another --out"
-        )
+        raise UsageError(f"{where}: its config.yaml is damaged; use --overwrite or another --out")
     return values
 
 
-def _yaml_values(values: Values) -> Values:
+def yaml_values(values: Values) -> Values:
     """`values` as they come back from a YAML file, so that they compare equal to stored ones."""
     return dict(yaml.safe_load(yaml.safe_dump(values, sort_keys=False)) or {})
 
@@ -374,23 +353,3 @@ def _unmake(folder: Path, created: Path | None) -> None:
             return
         if path == created:
             return
-
-
-def _claim_file(file: Path, header: Values, overwrite: bool) -> Literal["new", "done"]:
-    if overwrite or not file.exists():
-        return "new"
-    where, advice = f"--out {storage.printable(file)}", "use --overwrite or another --out"
-    if not _sidecar(file).exists():
-        raise UsageError(f"{where}: exists, and nothing beside it says what it is; {advice}")
-    stored = storage.read_json(_sidecar(file))
-    if not isinstance(stored, dict) or stored.get("verb") != header["verb"] or "summary" not in stored:
-        raise UsageError(f"{where}: is not a result of `rayograph {header['verb']}`; {advice}")
-    for name, value in header["config"].items():
-        if stored["config"].get(name) != value:
-            old = stored["config"].get(name)
-            raise UsageError(f"{where}: {name} differs ({_short(old)} there, {_short(value)} now); {advice}")
-    return "done"
-
-
-def _sidecar(file: Path) -> Path:
-    return file.with_name(f"{file.name}.json")

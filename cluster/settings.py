@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ class Config:
 
     RUNTIME: ClassVar[frozenset[str]] = frozenset(
         {"out", "overwrite", "workers", "device", "images", "checkpoint_s", "keep"}
+        | {"watchdog_s", "probe", "read_on", "train_on", "receipt"}
     )
     """Fields that do not change the result, so they are left out when two configs are compared."""
     RAISABLE: ClassVar[frozenset[str]] = frozenset()
@@ -34,8 +36,8 @@ class Config:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
-    def open_out(self, verb: str) -> OutDir:
-        """The `--out` of this config, claimed for it; errors as `OutDir.open`."""
+    def open_out(self, verb: str, lazy: Collection[str] = ()) -> OutDir:
+        """The `--out` of this config, claimed for it; `lazy` and errors as `OutDir.open`."""
         values = self.as_dict()
         raisable = {name: values[name] for name in self.RAISABLE}
         return OutDir.open(
@@ -45,6 +47,7 @@ class Config:
             identity=self.identity(),
             raisable=raisable,
             overwrite=values["overwrite"],
+            lazy=lazy,
         )
 
     def _require(self, field: str, ok: bool, rule: str) -> None:

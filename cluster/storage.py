@@ -1,7 +1,7 @@
 """The one storage seam: listing, reading and publishing, on local paths and on any `pyarrow.fs` URI.
 
 A result appears whole or not at all: a finished file or folder is renamed into place locally, and uploaded with its
-manifest last where there is no rename. Nothing here knows what is inside the files.
+manifest last where there is no rename (`cluster.remote`). Nothing here knows what is inside the files.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import re
 import secrets
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote
 
 from cluster.errors import RayographError, UsageError
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem, FileType
+    from pyarrow.fs import FileSystem
 
 MANIFEST = "summary.json"
 """Uploaded last by object stores: a folder without it does not count as published."""
@@ -46,16 +45,48 @@ class Storage(ABC):
         """The whole content of one file."""
 
     @abstractmethod
+    def list_names(self, uri: str) -> list[str]:
+        """The sorted names of the files and folders directly in `uri`; none where no folder is there."""
+
+    @abstractmethod
+    def exists(self, uri: str) -> bool:
+        """Whether there is a file or folder at `uri`."""
+
+    @abstractmethod
+    def join(self, uri: str, *parts: str) -> str:
+        """`uri` with further names below it."""
+
+    @abstractmethod
+    def sibling(self, uri: str, name: str) -> str:
+        """What is called `name` in the folder that holds `uri`."""
+
+    @abstractmethod
+    def name(self, uri: str) -> str:
+        """The last part of `uri`."""
+
+    @abstractmethod
+    def write_bytes(self, uri: str, content: bytes) -> None:
+        """The file `uri` holds exactly `content`, or what it held before."""
+
+    @abstractmethod
     def publish_file(self, tmp: Path, target: str) -> None:
         """The local file `tmp` has become `target`, whole; `tmp` is gone."""
 
     @abstractmethod
-    def publish_folder(self, tmp: Path, target: str) -> None:
+    def publish_folder(self, tmp: Path, target: str, manifest: str) -> None:
         """The local folder `tmp` has become `target`, whole, replacing what was there; `tmp` is gone."""
 
     @abstractmethod
-    def remove(self, uri: str) -> None:
+    def remove(self, uri: str, manifest: str) -> None:
         """Nothing is left at `uri`, whether it was a file, a folder or absent."""
+
+    @abstractmethod
+    def fetch(self, uri: str, target: Path, skip: Collection[str]) -> None:
+        """The local `target` is a copy of the file or folder `uri`, whole."""
+
+    @abstractmethod
+    def upload(self, root: Path, files: Sequence[Path], uri: str, manifest: str) -> None:
+        """`uri` holds the local `files` under their names relative to `root`; they stay."""
 
 
 class LocalStorage(Storage):
@@ -82,7 +113,35 @@ class LocalStorage(Storage):
             tmp.replace(path)
             _fsync(path.parent)
 
-    def publish_folder(self, tmp: Path, target: str) -> None:
+    def list_names(self, uri: str) -> list[str]:
+        path = local_path(uri)
+        with explained(path):
+            return sorted(os.listdir(path), key=os.fsencode) if path.is_dir() else []  # noqa: PTH208
+
+    def exists(self, uri: str) -> bool:
+        with explained(uri):
+            return local_path(uri).exists()
+
+    def join(self, uri: str, *parts: str) -> str:
+        return str(local_path(uri).joinpath(*parts))
+
+    def sibling(self, uri: str, name: str) -> str:
+        return str(Path(os.path.abspath(local_path(uri))).parent / name)  # noqa: PTH100 - links stay what they are
+
+    def name(self, uri: str) -> str:
+        return local_path(uri.rstrip("/")).name
+
+    def write_bytes(self, uri: str, content: bytes) -> None:
+        path = local_path(uri)
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        with explained(path):
+            try:
+                tmp.write_bytes(content)
+                self.publish_file(tmp, str(path))
+            finally:
+                tmp.unlink(missing_ok=True)
+
+    def publish_folder(self, tmp: Path, target: str, manifest: str) -> None:
         path = local_path(target)
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
         with explained(path):
@@ -100,84 +159,36 @@ class LocalStorage(Storage):
             if replaced:
                 _delete(aside)
 
-    def remove(self, uri: str) -> None:
+    def remove(self, uri: str, manifest: str) -> None:
         path = local_path(uri)
         with explained(path):
             _delete(path)
 
+    def fetch(self, uri: str, target: Path, skip: Collection[str]) -> None:
+        path = local_path(uri)
+        tmp = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        with explained(path):
+            try:
+                if path.is_dir():
+                    shutil.copytree(path, tmp, ignore=lambda folder, names: skip if Path(folder) == path else ())
+                else:
+                    shutil.copyfile(path, tmp)
+                replace(tmp, target)
+            finally:
+                _delete(tmp)
 
-class RemoteStorage(Storage):
-    """An object store or network file system behind a `pyarrow.fs.FileSystem`.
-
-    Every URI it takes is `prefix` (scheme and host or bucket), a percent-encoded path and `query`; `base` is what the
-    file system itself calls `prefix`.
-    """
-
-    def __init__(self, files: FileSystem, prefix: str, base: str, query: str = "") -> None:
-        self.files = files
-        self._prefix = prefix
-        self._base = base
-        self._query = query
-
-    def path(self, uri: str) -> str:
-        """The file system's own name of `uri`."""
-        name = uri.removeprefix(self._prefix).removesuffix(self._query)
-        return (self._base + unquote(name)).rstrip("/")
-
-    def list_files(self, uri: str, *, recursive: bool = True) -> list[str]:
-        from pyarrow.fs import FileSelector, FileType
-
-        with explained(uri):
-            kind = self.kind(uri)
-            if kind == FileType.File:
-                return [uri]
-            if kind == FileType.NotFound:
-                raise UsageError(f"{uri}: no such file or folder")
-            found = self.files.get_file_info(FileSelector(self.path(uri), recursive=recursive))
-            names = sorted(info.path for info in found if info.type == FileType.File)
-            return [self._prefix + quote(name.removeprefix(self._base)) + self._query for name in names]
-
-    def kind(self, uri: str) -> FileType:
-        """What is at `uri`: File, Directory or NotFound."""
-        with explained(uri):
-            return self.files.get_file_info(self.path(uri)).type
-
-    def read_bytes(self, uri: str) -> bytes:
-        with explained(uri), self.files.open_input_stream(self.path(uri), compression=None) as stream:
-            return bytes(stream.read())
-
-    def publish_file(self, tmp: Path, target: str) -> None:
+    def upload(self, root: Path, files: Sequence[Path], uri: str, manifest: str) -> None:
+        target = local_path(uri)
         with explained(target):
-            self._upload(tmp, self.path(target))
-            tmp.unlink()
-
-    def publish_folder(self, tmp: Path, target: str) -> None:
-        base = self.path(target)
-        with explained(target):
-            self._delete(f"{base}/{MANIFEST}")
-            self._delete(base)
-            parts = sorted(p for p in tmp.rglob("*") if p.is_file())
-            for part in sorted(parts, key=lambda p: p == tmp / MANIFEST):
-                self._upload(part, f"{base}/{part.relative_to(tmp).as_posix()}")
-            shutil.rmtree(tmp)
-
-    def remove(self, uri: str) -> None:
-        with explained(uri):
-            self._delete(self.path(uri))
-
-    def _delete(self, path: str) -> None:
-        from pyarrow.fs import FileType
-
-        kind = self.files.get_file_info(path).type
-        if kind == FileType.Directory:
-            self.files.delete_dir(path)
-        elif kind != FileType.NotFound:
-            self.files.delete_file(path)
-
-    def _upload(self, source: Path, path: str) -> None:
-        self.files.create_dir(path.rpartition("/")[0], recursive=True)
-        with source.open("rb") as reader, self.files.open_output_stream(path, compression=None) as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            for file in sorted(files, key=lambda f: f == root / manifest):
+                place = target / file.relative_to(root)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                tmp = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+                try:
+                    shutil.copyfile(file, tmp)
+                    self.publish_file(tmp, str(place))
+                finally:
+                    tmp.unlink(missing_ok=True)
 
 
 def is_local(uri: str | Path) -> bool:
@@ -212,38 +223,114 @@ def filesystem(uri: str | Path) -> tuple[FileSystem, str]:
         if not path.exists():
             raise UsageError(f"{printable(path)}: no such file or folder")
         return LocalFileSystem(), str(path.absolute())
+    from cluster import remote
+
     text = str(uri)
-    remote = _remote(*_split(text))
-    if remote.kind(text) == FileType.NotFound:
+    store = remote.at(text)
+    if store.kind(text) == FileType.NotFound:
         raise UsageError(f"{text}: no such file or folder")
-    return remote.files, remote.path(text)
+    return store.files, store.path(text)
 
 
 def at(uri: str | Path) -> Storage:
     """The storage that holds `uri`.
 
     Raises:
-        UsageError: unknown scheme.
+        UsageError: unknown scheme, or credentials in the URI.
     """
-    return LocalStorage() if is_local(uri) else _remote(*_split(str(uri)))
+    if is_local(uri):
+        return LocalStorage()
+    from cluster import remote
+
+    return remote.at(str(uri))
 
 
-def _split(uri: str) -> tuple[str, str]:
-    """Scheme with host or bucket, and the query with its question mark."""
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc}", f"?{parts.query}" if parts.query else ""
+def join(uri: str | Path, *parts: str) -> str:
+    """`uri` with further names below it, as a local path or a URI."""
+    return at(uri).join(str(uri), *parts)
 
 
-@cache
-def _remote(prefix: str, query: str) -> RemoteStorage:
-    from pyarrow import ArrowException
-    from pyarrow.fs import FileSystem
+def sibling(uri: str | Path, name: str) -> str:
+    """What is called `name` in the folder that holds `uri`; local ones are absolute.
 
-    try:
-        files, base = FileSystem.from_uri(f"{prefix}/{query}")
-    except (ArrowException, ValueError, NotImplementedError, OSError) as error:
-        raise UsageError(f"{prefix}: cannot be opened: {_first_line(error)}") from error
-    return RemoteStorage(files, prefix, base.rstrip("/"), query)
+    Raises:
+        UsageError: `uri` is a whole bucket.
+    """
+    return at(uri).sibling(str(uri), name)
+
+
+def name_of(uri: str | Path) -> str:
+    """The last part of a path or URI."""
+    return at(uri).name(str(uri))
+
+
+def located(uri: str | Path) -> str:
+    """`uri` as it is found from any working directory: that of Ray's workers may be another one."""
+    return str(local_path(uri).absolute()) if is_local(uri) else str(uri)
+
+
+def refuse_credentials(uri: str) -> None:
+    """Raises UsageError where a URI carries credentials, before it is written anywhere."""
+    if not is_local(uri):
+        from cluster import remote
+
+        remote.refuse_credentials(uri)
+
+
+def scratch(uri: str) -> Path:
+    """The folder of this machine for what belongs to `uri`; it need not exist.
+
+    Below `RAYOGRAPH_SCRATCH`, else below the user's cache folder.
+    """
+    home = os.environ.get("RAYOGRAPH_SCRATCH")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(home) if home else cache / "rayograph" / "scratch"
+    return root.absolute() / hashlib.sha256(uri.rstrip("/").encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def workplace(out: str) -> Path:
+    """Where what is made on the way to `out` is kept on this machine: beside it, or in scratch."""
+    if is_local(out):
+        return Path(sibling(out, "x")).parent
+    folder = scratch(sibling(out, ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether there is a file or folder at `uri`; an empty folder of an object store is none."""
+    return at(uri).exists(str(uri))
+
+
+def list_names(uri: str | Path) -> list[str]:
+    """The sorted names of the files and folders directly in `uri`; none where no folder is there.
+
+    A folder of an object store that was emptied file by file may still be named.
+    """
+    return at(uri).list_names(str(uri))
+
+
+def fetch(uri: str | Path, target: Path, skip: Collection[str] = ()) -> None:
+    """The local `target` is a copy of the file or folder `uri`, whole, in place of what was there.
+
+    skip: names at the top level of a folder that are left out. Raises UsageError where nothing is at `uri`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    at(uri).fetch(str(uri), target, skip)
+
+
+def upload(path: Path, uri: str | Path, manifest: str = MANIFEST, only: Collection[str] | None = None) -> None:
+    """`uri` holds every file of the local file or folder `path`, the manifest last; what else it held stays there.
+
+    only: of a folder, the files to copy, by their names relative to it.
+    """
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(
+            f for f in path.rglob("*") if f.is_file() and (only is None or f.relative_to(path).as_posix() in only)
+        )
+    at(uri).upload(path, files, str(uri), manifest)
 
 
 def list_files(uri: str | Path, recursive: bool = True) -> list[str]:
@@ -264,26 +351,37 @@ def publish_file(tmp: Path, target: Path | str) -> None:
     at(target).publish_file(tmp, str(target))
 
 
-def publish_folder(tmp: Path, target: Path | str) -> None:
-    """`target` is the finished folder `tmp`, durably; a folder that was there is swapped away first, then deleted."""
-    at(target).publish_folder(tmp, str(target))
+def publish_folder(tmp: Path, target: Path | str, manifest: str = MANIFEST) -> None:
+    """`target` is the finished folder `tmp`, durably; a folder that was there is swapped away first, then deleted.
+
+    manifest: the file at its top level that is uploaded last to object stores, and deleted first: without it the folder
+    does not count.
+    """
+    at(target).publish_folder(tmp, str(target), manifest)
 
 
-def remove(path: Path | str) -> None:
-    """Nothing is left at `path`, whether it was a file, a folder or absent; links are removed, not followed."""
-    at(path).remove(str(path))
+def remove(path: Path | str, manifest: str = MANIFEST) -> None:
+    """Nothing is left at `path`, whether it was a file, a folder or absent; links are removed, not followed.
+
+    Where a folder cannot be removed at once, its manifest goes first.
+    """
+    at(path).remove(str(path), manifest)
+
+
+def replace(tmp: Path, target: Path) -> None:
+    """The local `tmp`, a file or a folder, stands at `target`; whoever is faster with the same folder wins."""
+    if tmp.is_dir() and target.exists():
+        _delete(target)
+    try:
+        tmp.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
 
 
 def write_bytes(target: Path | str, content: bytes) -> None:
-    """`target` holds exactly `content`, or what it held before: never a part. Its folder exists already."""
-    path = local_path(target)
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with explained(path):
-        try:
-            tmp.write_bytes(content)
-            publish_file(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
+    """`target` holds exactly `content`, or what it held before: never a part. A local folder exists already."""
+    at(target).write_bytes(str(target), content)
 
 
 def write_text(target: Path | str, text: str) -> None:
@@ -307,7 +405,7 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise RayographError(f"{printable(path)}: not valid JSON ({_first_line(error)}); was it cut off?") from error
+        raise RayographError(f"{printable(path)}: not valid JSON ({first_line(error)}); was it cut off?") from error
 
 
 def sha256_file(path: Path | str) -> str:
@@ -331,6 +429,10 @@ def explained(path: Path | str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{printable(path)}: no such file or folder") from error
     except OSError as error:
+        if not is_local(path):
+            from cluster import remote
+
+            raise remote.explanation(str(path), error) from error
         raise RayographError(f"{printable(path)}: {_cause(error)}") from error
 
 
@@ -342,10 +444,11 @@ def _cause(error: OSError) -> str:
             return "permission denied; choose another place or change its permissions"
         case errno.EXDEV:
             return "the temporary file lies on another file system than its target"
-    return error.strerror or _first_line(error)
+    return error.strerror or first_line(error)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 

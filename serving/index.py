@@ -19,7 +19,7 @@ from serving.apart import apart
 from serving.configs import IndexBuildConfig, IndexCheckConfig, IndexSearchConfig
 from serving.neighbours import allowed_rows, build_files, hits, recall_of, search_snapshot
 from serving.snapshot import Snapshot
-from training.artifact import load_model, model_folder, read_card, run_name
+from training.artifact import load_model, located_model, read_card, run_name
 from training.images import UnreadableImage, decode, to_channels
 
 SCRATCH = ".build-"
@@ -53,7 +53,7 @@ def build(config: IndexBuildConfig, *, gallery: Gallery) -> dict[str, Any]:
         manifest = {
             "model": {
                 "name": run_name(config.model),
-                "path": str(model_folder(config.model).resolve()),
+                "path": located_model(config.model),
                 "sha256": digest,
             },
             **facts,
@@ -90,7 +90,7 @@ def search(config: IndexSearchConfig) -> dict[str, Any]:
     """
     snapshot = snapshots.current(config.index)
     run = config.model or str(snapshot.manifest["model"].get("path", ""))
-    if not run or not Path(run).exists():
+    if not run or not storage.exists(run):
         raise UsageError(f"{config.index}: its model is no longer at {run or 'a known place'}; give it with --model")
     model = load_model(run)
     snapshots.same_model(snapshot, model.sha256, run)

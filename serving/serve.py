@@ -18,7 +18,7 @@ from cluster.progress import say
 from cluster.session import Resources, cores, in_cluster, session
 from serving.configs import ServeConfig
 from serving.snapshot import current, same_model
-from training.artifact import load_model, model_folder, run_name
+from training.artifact import load_model, located_model, run_name
 
 SHORTEST_KEY = 16
 LOOK_S = 5.0
@@ -193,7 +193,7 @@ def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> 
     from training.device import device_in
 
     device = device_in(config.device, found)
-    run = str(model_folder(config.model).resolve())
+    run = located_model(config.model)
     gpu = 1 if device == "cuda" else 0
     if gpu and found.gpus < config.replicas:
         raise ResourceError(f"--replicas {config.replicas}: {found.gpus} GPUs are here; ask for at most that many")
@@ -214,7 +214,7 @@ def _start(config: ServeConfig, service: Any, listen: Any, found: Resources) -> 
         max_ongoing_requests=4 * config.batch_size,
         ray_actor_options={"num_cpus": 0.1, "num_gpus": gpu},
     )(Encoder).bind(run, device, max(1, cores() // config.replicas), config.batch_size, classifier)
-    index = ray_serve.deployment(**small)(Neighbours).bind(str(Path(config.index).resolve())) if config.index else None
+    index = ray_serve.deployment(**small)(Neighbours).bind(storage.located(config.index)) if config.index else None
     here: dict[str, Any] = {**small, "ray_actor_options": {"num_cpus": 0, "resources": {_this_node(): 0.001}}}
     ingress = ray_serve.deployment(**here)(Ingress).bind(service, listen, encoder, index)
     handle = ray_serve.run(ingress, name=APPLICATION, route_prefix=None, logging_config=None)

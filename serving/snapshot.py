@@ -8,6 +8,7 @@ Knows no FAISS and no torch. Rows are memory-mapped, so that thumbnails of a lar
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -111,14 +112,29 @@ def current(index: str | Path) -> Snapshot:
         UsageError: not an INDEX, or one of a newer format.
         DataError: a file is missing or changed.
     """
-    folder = Path(index)
-    pointer = folder / CURRENT
-    if not pointer.is_file():
+    pointer = storage.join(index, CURRENT)
+    if not storage.exists(pointer):
         raise UsageError(f"{index}: not an INDEX (no {CURRENT}); make one with: rayograph index build")
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    name = storage.read_bytes(pointer).decode(errors="replace").strip()
     if not _NAME.fullmatch(name):
         raise DataError(f"{pointer}: damaged; build the index again")
-    return read(folder / "snapshots" / name)
+    place = storage.join(index, "snapshots", name)
+    return read(Path(place)) if storage.is_local(place) else _fetched(place)
+
+
+def _fetched(place: str) -> Snapshot:
+    """The snapshot at a URI, copied to this machine once: known by the sha256 of its manifest."""
+    if MANIFEST not in storage.list_names(place):
+        raise DataError(f"{place}: the snapshot is missing or incomplete; build the index again")
+    digest = hashlib.sha256(storage.read_bytes(storage.join(place, MANIFEST))).hexdigest()
+    folder = storage.scratch(f"index {digest}") / storage.name_of(place)
+    if not (folder / MANIFEST).is_file():
+        storage.fetch(place, folder)
+    try:
+        return read(folder)
+    except DataError:
+        storage.remove(folder)  # else a mended index would not be fetched
+        raise
 
 
 def read(folder: Path) -> Snapshot:

@@ -14,7 +14,9 @@ import pytest
 from cluster.session import Resources  # before anything imports Ray: it sets what Ray reads at import
 
 if TYPE_CHECKING:
+    from tests.hosts import Hosts
     from tests.runs import Pretrained
+    from tests.s3 import Store
 
 ROOT = Path(__file__).parents[1]
 EXPECTED_SKIPS = ("no GPU", "no real images", "not on this system")
@@ -40,6 +42,28 @@ def ray_session() -> Generator[Resources]:
 
 
 @pytest.fixture(scope="session")
+def namespaces() -> None:
+    """The machine can have hosts of `tests.hosts`; else the test is skipped, which CI takes for a failure."""
+    from tests.hosts import unavailable
+
+    reason = unavailable()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def hosts(namespaces: None) -> Generator[Hosts]:
+    """Three hosts: a Ray head, a node of its cluster, both with this checkout's code, and one that runs nothing."""
+    from tests.hosts import Hosts
+
+    ours = {"PYTHONPATH": str(ROOT)}
+    with Hosts(3) as three:
+        three[0].ray_head(resources={"first": 1}, env=ours)
+        three[1].ray_worker(three[0], resources={"second": 1}, env=ours)
+        yield three
+
+
+@pytest.fixture(scope="session")
 def phantoms(ray_session: Resources, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DATASET of 200 phantoms of 32 px: four row groups, about half of them labelled."""
     from training.configs import IngestConfig
@@ -60,6 +84,26 @@ def pretrained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pret
     with contextlib.redirect_stderr(printed):
         summary = pretrain(config)
     return Pretrained(config, Path(config.out), summary, printed.getvalue())
+
+
+@pytest.fixture(scope="session")
+def store() -> Generator[Store]:
+    """The one S3 server of the whole test run."""
+    from tests.s3 import running
+
+    with running() as found:
+        yield found
+
+
+@pytest.fixture
+def s3(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A bucket of the test's own on a well-behaved server; the environment says how to reach it."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAYOGRAPH_SCRATCH", str(tmp_path / "scratch"))
+    store.bucket = store.make(f"bucket-{len(store.buckets)}")
+    store.seen.clear()
+    return store
 
 
 @pytest.hookimpl(wrapper=True)

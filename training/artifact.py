@@ -22,6 +22,7 @@ from training.calibration import apply_temperature
 from training.domain import REFERENCE, Domain, load_domain
 from training.encoder import Architecture
 from training.images import ImagePath
+from training.nearby import nearby
 from training.transform import Input, evaluation_view
 
 FORMAT = 1
@@ -88,14 +89,9 @@ class Model:
     device: str
     sha256: str
 
-    @torch.inference_mode()
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]."""
-        parts = []
-        for at in range(0, len(pixels), batch_size):
-            images = evaluation_view(pixels[at : at + batch_size], self.card.input, self.device)
-            parts.append(pooled(self.network, images).float().cpu().numpy())
-        return np.concatenate(parts)
+        return features_of(self.network, self.card.input, pixels, self.device, batch_size)
 
     @torch.inference_mode()
     def classify(self, features: np.ndarray) -> np.ndarray:
@@ -117,6 +113,18 @@ class Model:
     def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3]; errors of `classify`."""
         return self.classify(self.embed(pixels, batch_size))
+
+
+@torch.inference_mode()
+def features_of(
+    network: nn.Module, wanted: Input, pixels: np.ndarray, device: str | torch.device = "cpu", batch_size: int = 64
+) -> np.ndarray:
+    """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3], under a timm network in evaluation mode."""
+    parts = []
+    for at in range(0, len(pixels), batch_size):
+        images = evaluation_view(pixels[at : at + batch_size], wanted, device)
+        parts.append(pooled(network, images).float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,12 +179,12 @@ def save_model(
 
 
 def model_folder(run: str | Path) -> Path:
-    """RUN/model, or `run` itself where it is such a folder.
+    """RUN/model, or `run` itself where it is such a folder; of a remote one the copy on this machine.
 
     Raises:
         UsageError: it holds no model.
     """
-    path = Path(run)
+    path = nearby(run)
     for folder in (path / "model", path):
         if (folder / "model.json").is_file():
             return folder
@@ -187,8 +195,16 @@ def model_folder(run: str | Path) -> Path:
 
 def run_name(run: str | Path) -> str:
     """The RUN's own name, also where its model folder was given."""
+    if not storage.is_local(run):
+        name = storage.name_of(run)
+        return name if name != "model" else storage.name_of(storage.sibling(run, ""))
     folder = model_folder(run).resolve()
     return folder.parent.name if folder.name == "model" else folder.name
+
+
+def located_model(run: str | Path) -> str:
+    """`run` as any process on any node finds it: a URI, or the absolute path of its model folder; errors as there."""
+    return str(run) if not storage.is_local(run) else str(model_folder(run).resolve())
 
 
 def read_card(run: str | Path) -> tuple[ModelCard, dict[str, str]]:

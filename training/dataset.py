@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +76,24 @@ def filter_rows(table: pa.Table, where: Sequence[str]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An ingested DATASET. `info` is its dataset.json."""
+    """An ingested DATASET, in a folder or on an object store. `info` is its dataset.json."""
 
-    path: Path
+    uri: str
+    """Where it is, as any process finds it: a URI or an absolute path."""
     info: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
         """Raises UsageError where `path` is not a finished DATASET of a known format."""
-        folder = Path(path)
-        if not (folder / "dataset.json").is_file():
+        uri = storage.located(path)
+        if not is_dataset(uri):
             raise UsageError(f"{path}: not a DATASET (no dataset.json); make one with: rayograph ingest SOURCE --out …")
-        info = storage.read_json(folder / "dataset.json")
+        info = storage.read_json(storage.join(uri, "dataset.json"))
         if info.get("format", 0) > FORMAT:
             raise UsageError(
                 f"{path}: dataset format {info['format']} is newer than this Rayograph's {FORMAT}; upgrade"
             )
-        return cls(folder, info)
+        return cls(uri, info)
 
     @property
     def version(self) -> str:
@@ -108,7 +109,7 @@ class Dataset:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        return pq.read_table(self.path / "manifest.parquet")
+        return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, "manifest.parquet"))))
 
     def select(self, where: Sequence[str] = (), *, labelled: bool = False) -> Selection:
         """The ok rows for which every COLUMN=VALUE of `where` holds.
@@ -122,7 +123,7 @@ class Dataset:
             table = table.filter(pc.not_equal(table["label"], ""))
         if not table.num_rows:
             what = "labelled image" if labelled else "image"
-            raise UsageError(f"{self.path}: no {what} is left" + (f" by --where {' '.join(where)}" if where else ""))
+            raise UsageError(f"{self.uri}: no {what} is left" + (f" by --where {' '.join(where)}" if where else ""))
         return Selection(table)
 
     def plan(self, selection: Selection, *, batch_size: int, seed: int) -> Plan:
@@ -133,7 +134,9 @@ class Dataset:
 
     def read_row_group(self, shard: str, row_group: int, rows: np.ndarray) -> np.ndarray:
         """Pixels uint8 [len(rows), height, width, channels] of the dataset's own number of channels."""
-        table = pq.ParquetFile(self.path / "shards" / shard).read_row_group(row_group, columns=["pixels", "channels"])
+        uri = storage.join(self.uri, "shards", shard)
+        with storage.explained(uri), _opened(uri, self.version) as file:
+            table = file.read_row_group(row_group, columns=["pixels", "channels"])
         return self.unpack(table, rows)
 
     def unpack(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
@@ -152,6 +155,29 @@ class Dataset:
         for shard, row_group, rows, places in selection.row_groups:
             out[places] = self.read_row_group(shard, row_group, rows)
         return out
+
+
+def is_dataset(uri: str | Path) -> bool:
+    """Whether a DATASET is at `uri`; on an object store one that was finished, for parts of others show there."""
+    if storage.is_local(uri):
+        return (storage.local_path(uri) / "dataset.json").is_file()
+    return {"dataset.json", storage.MANIFEST} <= set(storage.list_names(uri))
+
+
+def _opened(uri: str, version: str) -> pq.ParquetFile:
+    """A shard to read from; of a remote one only the ranges that are asked for travel, its footer once a process."""
+    if storage.is_local(uri):
+        return pq.ParquetFile(storage.local_path(uri))
+    file, footer = _shard(uri, version)
+    return pq.ParquetFile(file, metadata=footer, pre_buffer=True)
+
+
+@lru_cache(maxsize=1024)
+def _shard(uri: str, _version: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
+    """A remote shard, opened, and its footer."""
+    files, path = storage.filesystem(uri)
+    file = files.open_input_file(path)
+    return file, pq.read_metadata(file)
 
 
 def leaves(labels: Sequence[str]) -> list[str]:

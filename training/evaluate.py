@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         out.finish(summary)
         balanced = judged.metrics["balanced_accuracy"]
         shown = with_interval(balanced["value"], balanced["ci95"])
-        say(f"done: balanced accuracy {shown}, report in {out.path / 'report.html'}")
+        say(f"done: balanced accuracy {shown}, report in {out.name('report.html')}")
         return summary
 
 

@@ -62,17 +62,20 @@ def gallery(
     table = dataset.select(where, labelled=labelled).table
     digest = hashlib.sha256("\n".join(map(str, table["image_id"].to_pylist())).encode()).hexdigest()
     key = hashlib.sha256(f"{hashes['model.safetensors']}\n{dataset.version}\n{digest}".encode()).hexdigest()[:12]
-    folder = Path(out).resolve().parent / f".{Path(data.rstrip('/')).name}-{key}.gallery"
+    folder = storage.workplace(out) / f".{storage.name_of(data)}-{key}.gallery"
     facts = {"dataset": dataset.version, "images": table.num_rows, "image_path": dataset.image_path.as_dict()}
     if (folder / ROWS).is_file():
         say(f"features of {table.num_rows:,} images: kept from before")
         return folder, facts
-    asked = hashlib.sha256(repr((str(dataset.path), where)).encode()).hexdigest()[:6]  # what `embed` resumes by
+    asked = hashlib.sha256(repr((dataset.uri, where)).encode()).hexdigest()[:6]  # what `embed` resumes by
     partial = folder.with_name(f"{folder.name}.{asked}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with session(cpus=cores() + 2, log=log):
-        source = str(dataset.path)
-        embed(InferenceConfig(source, model=model, out=str(partial / "embeddings.parquet"), where=where, device=device))
+        embed(
+            InferenceConfig(
+                dataset.uri, model=model, out=str(partial / "embeddings.parquet"), where=where, device=device
+            )
+        )
         thumbnails = _thumbnails(dataset, table)
     _write(partial, table, thumbnails)
     storage.publish_folder(partial, folder)
@@ -85,7 +88,7 @@ def _thumbnails(dataset: Dataset, table: pa.Table) -> list[bytes]:
     keys = [f"{s}/{r}".encode() for s, r in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)]
     rows = pa.table({"at": np.arange(len(keys)), "key": pa.array(keys, pa.binary())})
     blocks = [rows.slice(at, BLOCK_ROWS).combine_chunks() for at in range(0, len(keys), BLOCK_ROWS)]
-    task = Thumbnails(StoredReader(str(dataset.path.resolve())))
+    task = Thumbnails(StoredReader(dataset.uri))
     found = [b""] * len(keys)
     data = ray.data.from_arrow(blocks).map_batches(task, batch_size=None, batch_format="pyarrow")
     tables: Any = data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)

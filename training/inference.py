@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import UsageError
-from cluster.outdir import claim_file
+from cluster.outfile import claim_file
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training.artifact import Model, ModelCard, load_model, model_folder, read_card
+from training.artifact import Model, ModelCard, load_model, located_model, read_card
 from training.configs import InferenceConfig
-from training.dataset import ROW_GROUP, Dataset, filter_rows
+from training.dataset import ROW_GROUP, Dataset, filter_rows, is_dataset
 from training.device import count_workers, device_in, require_room
 from training.images import ImagePath, to_channels
 from training.ingest import read_row
 from training.sources import Listing, Reader, list_source
 
 BLOCK_ROWS = 256
+
+
+@lru_cache(maxsize=4)
+def _stored(uri: str) -> Dataset:
+    """A task's DATASET: opened once in each process of Ray Data's."""
+    return Dataset.open(uri)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class StoredReader:
     path: str
 
     def pixels(self, keys: list[bytes]) -> np.ndarray:
-        dataset = Dataset.open(self.path)
+        dataset = _stored(self.path)
         places: dict[str, list[tuple[int, int]]] = {}
         for at, key in enumerate(keys):
             shard, _, row = key.decode().rpartition("/")
@@ -138,14 +144,14 @@ def _infer(config: InferenceConfig, card: ModelCard, *, embed: bool) -> dict[str
 
 def _rows(config: InferenceConfig, card: ModelCard) -> tuple[pa.Table, Reader | StoredReader, bool]:
     """(rows with at, key, frame and what is known of them, their reader, whether they are stored pixels)."""
-    if (Path(config.source) / "dataset.json").is_file():
+    if is_dataset(config.source):
         dataset = Dataset.open(config.source)
         table = dataset.select(config.where).table
         keys = [f"{s}/{r}".encode() for s, r in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)]
         table = table.append_column("key", pa.array(keys, pa.binary()))
         if dataset.image_path != card.image_path:
             say(f"note: {config.source} was ingested with another size or window than the model's own images")
-        reader: Reader | StoredReader = StoredReader(str(dataset.path.resolve()))
+        reader: Reader | StoredReader = StoredReader(dataset.uri)
         stored = True
     else:
         listing: Listing = list_source(config.source, size=max(card.image_path.height, card.image_path.width))
@@ -177,7 +183,7 @@ def _gather(
         .map_batches(
             RunModel,
             fn_constructor_args=(
-                str(model_folder(config.model).resolve()),
+                located_model(config.model),
                 device,
                 config.batch_size,
                 max(1, cores() // workers),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,15 +16,17 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import DataError, UsageError
+from cluster.mirror import CONFIG
 from cluster.progress import progress, say
 from cluster.session import cores, session
 from training import copies
 from training.configs import IngestConfig, parse_size
-from training.dataset import FORMAT, ROW_GROUP, Dataset
+from training.dataset import FORMAT, ROW_GROUP, Dataset, is_dataset
 from training.device import accelerator
 from training.images import ImagePath, UnreadableImage, content, decode_array, decode_bytes, grey64, perceptual_hash
 from training.sources import Listing, Reader, list_source
 
+SHARDS = "shards"
 PART_ROWS = 512
 """Rows per reading task, and at most per shard file."""
 
@@ -85,6 +85,7 @@ class PartWriter:
     reader: Reader
     path: ImagePath
     folder: str
+    """Where the shards go: any node writes its own there."""
 
     def __call__(self, block: pa.Table) -> pa.Table:
         first = block["at"][0].as_py()
@@ -100,12 +101,9 @@ class PartWriter:
                 channels = decoded.pixels.shape[2]
                 kept.append({"image_id": image_id, "pixels": decoded.pixels.tobytes(), "channels": channels})
         if kept:
-            target = Path(self.folder) / shard
-            partial = target.with_name(f".{shard}.{os.getpid()}")
-            pq.write_table(
-                pa.Table.from_pylist(kept, SHARD_SCHEMA), partial, row_group_size=ROW_GROUP, compression="zstd"
-            )
-            storage.publish_file(partial, target)
+            file = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(kept, SHARD_SCHEMA), file, row_group_size=ROW_GROUP, compression="zstd")
+            storage.write_bytes(storage.join(self.folder, shard), file.getvalue())
         return pa.Table.from_pylist(results, RESULT_SCHEMA)
 
     def _result(self, at: int, decoded: Decoded, shard: str, row: int) -> dict[str, Any]:
@@ -139,12 +137,12 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     height, width = parse_size(size)
     path = ImagePath(height, width, config.fit, config.window, config.max_pixels)
     listing = list_source(config.source, seed=config.seed, size=max(height, width))
-    with config.open_out("ingest") as out:
+    with config.open_out("ingest", lazy=[SHARDS]) as out:
         if out.state == "done":
             return out.summary()
         started = time.monotonic()
         with session(cpus=cores() + 1, log=out.log):
-            results = read_all(listing, path, out.path / "shards")
+            results = read_all(listing, path, storage.join(out.uri, SHARDS))
         seconds = time.monotonic() - started
         summary = _write(config, path, listing, results, out.path)
         summary |= {"seconds": seconds, "images_per_second": len(listing.rows) / seconds}
@@ -153,17 +151,18 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
         return summary
 
 
-def read_all(listing: Listing, path: ImagePath, shards: Path) -> pa.Table:
+def read_all(listing: Listing, path: ImagePath, shards: str) -> pa.Table:
     """The results of all rows in listing order; their shards stand in `shards`. Ray must be up."""
     import ray
 
-    shutil.rmtree(shards, ignore_errors=True)  # an interrupted ingest starts again
-    shards.mkdir(parents=True)
+    storage.remove(shards)  # an interrupted ingest starts again
+    if storage.is_local(shards):
+        storage.local_path(shards).mkdir(parents=True)
     rows = listing.rows.select(["key", "frame"])
     rows = rows.append_column("image_id", pa.array(listing.image_ids()))
     rows = rows.append_column("at", pa.array(np.arange(rows.num_rows)))
     blocks = [rows.slice(at, PART_ROWS).combine_chunks() for at in range(0, rows.num_rows, PART_ROWS)]
-    writer = PartWriter(listing.reader, path, str(shards.resolve()))
+    writer = PartWriter(listing.reader, path, shards)
     found = []
     with progress("ingest", rows.num_rows, "images") as bar:
         data = ray.data.from_arrow(blocks).map_batches(
@@ -361,12 +360,12 @@ def _tell(config: IngestConfig, summary: dict[str, Any], listing: Listing) -> No
 
 def resolve_data(data: str, *, out: str, image_size: str = "auto") -> Dataset:
     """The DATASET at `data`; any other SOURCE is ingested into a cache beside `out` first."""
-    if (Path(data) / "dataset.json").is_file():
+    if is_dataset(data):
         return Dataset.open(data)
-    if Path(data).is_dir() and (Path(data) / "config.yaml").is_file():
+    if CONFIG in storage.list_names(data):
         raise UsageError(f"{data}: not a finished DATASET; run its ingest again")
-    name = Path(data.rstrip("/")).name.replace(":", "-") or "data"
+    name = storage.name_of(data).replace(":", "-") or "data"
     tag = hashlib.sha256(f"{data}\n{image_size}".encode()).hexdigest()[:8]
-    cache = Path(out).resolve().parent / f".{name}-{tag}.dataset"
-    ingest(IngestConfig(data, out=str(cache), image_size=image_size))
+    cache = storage.sibling(out, f".{name}-{tag}.dataset")
+    ingest(IngestConfig(data, out=cache, image_size=image_size))
     return Dataset.open(cache)

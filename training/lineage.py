@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
 from training.dataset import Selection
+from training.nearby import nearby
 
 SEEN = "seen.safetensors"
 _BYTES = 16
@@ -22,7 +22,7 @@ def own_images(selection: Selection) -> frozenset[str]:
 
 def seen_by(run: str) -> frozenset[str]:
     """What the model of a RUN, or the weights file in it, has seen; nothing where `run` is neither, as `imagenet`."""
-    given = Path(run)
+    given = nearby(run)
     for folder in (given / "model", given.parent if given.is_file() else given):
         if (folder / SEEN).is_file():
             return frozenset(bytes(row).hex() for row in load_file(folder / SEEN)["sha256"])

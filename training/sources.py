@@ -121,16 +121,12 @@ def list_source(source: str, *, seed: int = 0, size: int = 128) -> Listing:
         return _npz(_download_medmnist(source.removeprefix("medmnist:")))
     if storage.is_local(source):
         source = str(storage.local_path(source))
-    if source.lower().endswith(".npz"):
+    name = storage.name_of(source).lower()
+    if name.endswith(".npz"):
         return _npz(source)
-    if source.lower().endswith((".csv", ".tsv", ".parquet")):
+    if name.endswith((".csv", ".tsv", ".parquet")):
         return _index(source)
     return _folder(source)
-
-
-def _anywhere(source: str) -> str:
-    """`source` as it is found from any working directory: that of Ray's workers may be another one."""
-    return str(Path(source).absolute()) if storage.is_local(source) else source
 
 
 def _table(columns: dict[str, list[Any]]) -> pa.Table:
@@ -222,7 +218,7 @@ def _npz(source: str) -> Listing:
         columns["split"] += [split] * count
     if not columns["key"]:
         raise UsageError(f"{source}: no array named *_images; MedMNIST form has train_images, train_labels, …")
-    return Listing(_table(columns), NpzReader(_anywhere(source)))
+    return Listing(_table(columns), NpzReader(storage.located(source)))
 
 
 def _npz_labels(labels: np.ndarray, count: int, what: str) -> list[str]:
@@ -251,13 +247,13 @@ def _folder(source: str) -> Listing:
         found = [f.path for f in filesystem.get_file_info(pafs.FileSelector(base, recursive=True)) if f.is_file]
         keys = sorted(os.path.relpath(p, base).encode() for p in found)
         if b"index.csv" in keys:
-            return _index(f"{source.rstrip('/')}/index.csv")
+            return _index(storage.join(source, "index.csv"))
     images = [k for k in keys if os.path.splitext(os.fsdecode(k))[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
     if not images:
         raise UsageError(f"{source}: no image in this folder (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     labels = [_folder_label(_display(k)) for k in images]
     rows = _table({"key": images, "path": [_display(k) for k in images], "label": labels})
-    return Listing(rows, FileReader(_anywhere(source)), ignored=len(keys) - len(images))
+    return Listing(rows, FileReader(storage.located(source)), ignored=len(keys) - len(images))
 
 
 def _walk(root: bytes) -> Iterator[bytes]:
@@ -275,7 +271,7 @@ def _folder_label(path: str) -> str:
 
 
 def _index(source: str) -> Listing:
-    columns = _parquet_columns(source) if source.lower().endswith(".parquet") else _csv_columns(source)
+    columns = _parquet_columns(source) if storage.name_of(source).lower().endswith(".parquet") else _csv_columns(source)
     if "path" not in columns:
         hint = nearest("path", columns)
         raise UsageError(f"{source}: no column 'path' (found: {', '.join(columns) or 'none'}).{hint}")
@@ -286,11 +282,11 @@ def _index(source: str) -> Listing:
         raise UsageError(f"{source}: the path {_shown(twice)!r} stands in it twice")
     keys = [os.fsencode(p) for p in columns["path"]]
     columns["label"] = [_clean_label(text) for text in columns.get("label", [""] * len(keys))]
-    root = source.rpartition("/")[0] or "."
+    root = source.rpartition("/")[0] or "." if storage.is_local(source) else storage.sibling(source, "")
     reserved = {"key", "frame"}
     extras = {_shown(k): list(map(_shown, v)) for k, v in columns.items() if k not in reserved}
     rows = _table({"key": keys, **extras})
-    return Listing(rows, FileReader(_anywhere(root)))
+    return Listing(rows, FileReader(storage.located(root)))
 
 
 def _clean_label(text: str) -> str:
@@ -304,7 +300,7 @@ def _csv_columns(source: str) -> dict[str, list[str]]:
         text = storage.read_bytes(source).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise UsageError(f"{source}: {error.strerror or error}") from error
-    reader = csv.reader(io.StringIO(text), delimiter="\t" if source.lower().endswith(".tsv") else ",")
+    reader = csv.reader(io.StringIO(text), delimiter="\t" if storage.name_of(source).lower().endswith(".tsv") else ",")
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(set(header)) != len(header):

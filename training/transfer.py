@@ -41,7 +41,8 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     Raises:
         UsageError: a flag, the data or the first weights cannot be right.
     """
-    if config.init not in {"imagenet", "none"} and Path(config.init).is_dir():
+    named = config.init in {"imagenet", "none"} or config.init.endswith(".safetensors")
+    if not named and storage.exists(config.init):
         model_folder(config.init)  # not a RUN: said before anything is read
     with config.open_out("transfer") as out:
         if out.state == "done":
@@ -56,7 +57,7 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
         summary = study.summary() | {"seconds": time.monotonic() - started}
         out.finish(summary)
         balanced = summary["metrics"]["balanced_accuracy"]
-        say(f"done: balanced accuracy {_interval(balanced)}, report in {out.path / 'report.html'}")
+        say(f"done: balanced accuracy {_interval(balanced)}, report in {out.name('report.html')}")
         return summary
 
 
@@ -188,6 +189,7 @@ class _Study:
         with progress(self.config.task, len(self.folds), "folds", done=len(done)) as bar:
             for result in run_folds(fit, shared, missing, workers=workers, gpu=self.device == "cuda"):
                 _save_fold(folder, result)
+                self.out.push()
                 done.append(result)
                 bar.advance(1)
         return done

@@ -18,9 +18,10 @@ from torch import nn
 
 from cluster import storage
 from cluster.errors import UsageError
-from training.artifact import load_model, model_folder
+from training.artifact import load_model, located_model
 from training.configs import parse_size
 from training.encoder import Architecture, architecture_for, check_divides, check_model, seed_weights
+from training.nearby import nearby
 from training.transform import Input
 
 IMAGENET_MODEL = "efficientnet_lite0"
@@ -59,7 +60,7 @@ class Wanted:
 def located(init: str) -> str:
     """`--init` as it is found from any working directory: that of Ray's workers may be another one."""
     named = init in {"none", "imagenet"} or init.startswith(("timm:", "hf-hub:"))
-    return init if named or not Path(init).exists() else str(Path(init).absolute())
+    return init if named or not storage.exists(init) else storage.located(init)
 
 
 def initial_weights(wanted: Wanted) -> Initial:
@@ -76,7 +77,7 @@ def initial_weights(wanted: Wanted) -> Initial:
         return _from_hub(wanted)
     if wanted.init.endswith(".safetensors"):
         return _from_file(wanted)
-    if Path(wanted.init).exists():
+    if storage.exists(wanted.init):
         return _from_run(wanted)
     raise UsageError(
         f"--init {wanted.init}: neither imagenet, none, timm:NAME, hf-hub:NAME, a .safetensors file "
@@ -179,9 +180,9 @@ def _fitted(name: str, source: Any, wanted: Wanted, channels: int) -> Architectu
 
 
 def _from_file(wanted: Wanted) -> Initial:
-    path = Path(wanted.init)
-    if not path.is_file():
+    if not storage.exists(wanted.init):
         raise UsageError(f"--init {wanted.init}: no such file")
+    path = nearby(wanted.init)
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -209,7 +210,7 @@ def _from_run(wanted: Wanted) -> Initial:
     mean, std = _spread(card.input.mean, card.input.std, channels)
     provenance = {
         "init": wanted.init,
-        "model": str(model_folder(wanted.init)),
+        "model": located_model(wanted.init),
         "sha256": model.sha256,
         "lineage": card.lineage,
     }

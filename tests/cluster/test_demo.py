@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +105,10 @@ def tools(drawn: list[Path]) -> Tools:
         path.write_bytes(b"picture")
         drawn.append(path)
 
-    return Tools(cli._write_report, questions, draw)
+    def curves(series: dict[str, list[float]], path: Path) -> None:
+        path.write_bytes(repr(series).encode())
+
+    return Tools(cli._write_report, questions, draw, curves)
 
 
 def test_a_finished_chain_leaves_report_and_summary(
@@ -111,7 +116,7 @@ def test_a_finished_chain_leaves_report_and_summary(
 ) -> None:
     made = summaries([0.5, 0.45, 0.55], [0.7, 0.6, 0.8])
 
-    def run(step: Step) -> None:
+    def run(step: Step, meanwhile: object = None) -> None:
         step.out.mkdir(parents=True)
         (step.out / "summary.json").write_text(json.dumps(made[step.out.name]))
 
@@ -145,3 +150,49 @@ def test_a_step_that_fails_stops_the_chain_with_its_exit_code(
 def test_nothing_of_training_is_imported() -> None:
     code = "import sys, cluster.demo; sys.exit('training' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def killed_chain(out: Path, killed: list[float]) -> dict[str, Step]:
+    """Two finished pretrainings, of which the second one was started twice."""
+    chain = {name: Step((name,), out / name) for name in ("pretrain", "killed")}
+    for name, losses in (("pretrain", [3.0, 2.0, 1.0]), ("killed", killed)):
+        rows = [{"event": "start", "from_step": 0, "pid": 1}]
+        rows += [{"step": at, "loss": loss} for at, loss in enumerate(losses, 1)]
+        rows += [{"event": "start", "from_step": 2, "pid": 1}] if name == "killed" else []
+        chain[name].out.mkdir()
+        (chain[name].out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (chain["killed"].out / "summary.json").write_text(json.dumps({"receipt": {"sentence": "Proven: all."}}))
+    return chain
+
+
+@pytest.mark.parametrize(
+    ("killed", "said"), [([3.0, 2.0, 1.0], "equal to the last bit"), ([3.0, 2.0, 1.1], "The two curves differ")]
+)
+def test_the_part_on_the_murder_tells_what_the_curves_and_the_receipt_say(
+    killed: list[float], said: str, tmp_path: Path
+) -> None:
+    drawn: list[Path] = []
+    part = demo.killed_part(killed_chain(tmp_path, killed), tmp_path, tools(drawn))
+    assert said in part.paragraphs[0] and "checkpoint of step 2" in part.paragraphs[0]
+    assert part.paragraphs[1] == "Proven: all."
+    assert repr(killed) in part.figures[0][0].read_text()
+
+
+def test_the_murderer_kills_one_worker_once_and_only_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, how: dead.append((pid, how)))
+    monkeypatch.setattr(demo, "KILL_STEP", 2)
+    look = demo._murderer(Step(("pretrain",), tmp_path))
+    look()
+    rows = [{"event": "start", "from_step": 0, "pid": 77}, {"step": 1, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    look()
+    assert dead == []
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "loss": 1.0}) + "\n")
+    look()
+    look()
+    assert dead == [(77, signal.SIGKILL)]
+    assert "kill -9 77" in capsys.readouterr().out

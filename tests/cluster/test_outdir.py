@@ -14,14 +14,16 @@ import pytest
 import yaml
 
 from cluster.errors import LockedError, RayographError, UsageError
-from cluster.outdir import OutDir, OutFile, claim_file
+from cluster.outdir import OutDir
+from cluster.outfile import OutFile, claim_file
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {"data": "images", "epochs": 10, "workers": "2:4", "lr": 1e-5, "where": [], "model": None}
 
 HOLDER = """
 import sys, signal
-from cluster.outdir import OutDir, claim_file
+from cluster.outdir import OutDir
+from cluster.outfile import claim_file
 if sys.argv[1] == "folder":
     held = OutDir.open(sys.argv[2], verb="pretrain", config={}, identity={}, raisable={}, overwrite=False)
 else:

@@ -14,6 +14,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from cluster import storage
 from cluster.errors import RayographError, UsageError
+from cluster.remote import RemoteStorage
 
 ODD_NAMES = [b"plain.png", b"a b.png", b"100%.png", b"%41.png", "é.png".encode(), b"latin-\xe9.png", b"sub/x#y?.png"]
 
@@ -31,10 +32,10 @@ def odd_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def remote_of(folder: Path) -> storage.RemoteStorage:
+def remote_of(folder: Path) -> RemoteStorage:
     """An object store's double: `folder` is its one bucket, called by its own name as S3 does."""
     files = SubTreeFileSystem(str(folder.parent), LocalFileSystem())
-    return storage.RemoteStorage(files, "s3://bucket", folder.name, "?region=x")
+    return RemoteStorage(files, "s3://bucket", folder.name, "?region=x")
 
 
 def test_a_local_listing_holds_every_name_in_byte_order_and_each_can_be_read(odd_folder: Path) -> None:
@@ -97,14 +98,14 @@ def test_a_remote_folder_is_published_manifest_last(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     uploaded = []
 
-    class Watched(storage.RemoteStorage):
+    class Watched(RemoteStorage):
         def _upload(self, source: Path, path: str) -> None:
             uploaded.append(path)
             super()._upload(source, path)
 
     files = SubTreeFileSystem(str(tmp_path), LocalFileSystem())
-    Watched(files, "s3://bucket", "store").publish_folder(source, "s3://bucket/result")
-    assert uploaded == [f"store/result/{name}" for name in ("a.txt", "shards/z.txt", "summary.json")]
+    Watched(files, "s3://bucket", "store").publish_folder(source, "s3://bucket/result", storage.MANIFEST)
+    assert uploaded == [f"store/result/{name}" for name in ("shards/z.txt", "a.txt", "summary.json")]
     assert (tmp_path / "store/result/shards/z.txt").read_text() == "shards/z.txt"
     assert not source.exists()
 

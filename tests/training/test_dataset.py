@@ -13,10 +13,11 @@ import pytest
 from cluster import storage
 from cluster.errors import DataError, UsageError
 from tests.hostile import encoded
+from tests.s3 import Store
 from training.configs import IngestConfig
 from training.dataset import FORMAT, RESERVED, ROW_GROUP, Dataset, Selection, filter_rows, leaves
 from training.images import ImagePath, to_channels
-from training.ingest import PART_ROWS, PartWriter, _write
+from training.ingest import PART_ROWS, PartWriter, _write, resolve_data
 from training.sources import list_source
 
 SIDE = 8
@@ -93,7 +94,7 @@ def test_mean_and_deviation_are_those_of_all_pixels(grey: tuple[Dataset, np.ndar
 
 def test_shards_hold_small_fixed_row_groups(grey: tuple[Dataset, np.ndarray]) -> None:
     dataset, _ = grey
-    files = sorted((dataset.path / "shards").iterdir())
+    files = sorted((storage.local_path(dataset.uri) / "shards").iterdir())
     assert [f.name for f in files] == ["part-000000.parquet", "part-000001.parquet"]
     for file, total in zip(files, (512, 188), strict=True):
         meta = pq.ParquetFile(file).metadata
@@ -232,3 +233,47 @@ def test_labels_that_make_no_task_are_refused(labels: list[str], part: str) -> N
 
 def test_an_empty_selection_has_no_row_groups() -> None:
     assert Selection(pa.table({"shard": pa.array([], pa.string()), "row": pa.array([], pa.int64())})).row_groups == []
+
+
+def ranges_of(store: Store, name: str) -> list[int]:
+    """Bytes of each answer that carried a part of the shard `name`."""
+    return [size for method, path, size in store.seen if method == "GET" and path.endswith(name)]
+
+
+def test_a_remote_dataset_gives_the_same_pixels_and_reads_each_byte_of_its_shards_once(
+    grey: tuple[Dataset, np.ndarray], s3: Store
+) -> None:
+    local, images = grey
+    storage.write_json(Path(local.uri) / storage.MANIFEST, {})
+    storage.upload(Path(local.uri), f"{s3.bucket}/data")
+    remote = Dataset.open(f"{s3.bucket}/data")
+    assert remote.version == local.version
+    everything = remote.select()
+    assert np.array_equal(remote.pixels(everything), images)
+    s3.seen.clear()
+    order = np.random.default_rng(0).permutation(len(everything.row_groups))
+    for number in order:  # one after the other, as a feed reads them: footers are known by now
+        shard, row_group, rows, places = everything.row_groups[number]
+        assert np.array_equal(remote.read_row_group(shard, row_group, rows), images[places])
+    for name in ("part-000000.parquet", "part-000001.parquet"):
+        groups = pq.ParquetFile(Path(local.uri) / "shards" / name).num_row_groups
+        sizes = ranges_of(s3, name)
+        assert len(sizes) == groups, "one request for a row group"
+        assert max(sizes) < 3 / groups * (Path(local.uri) / "shards" / name).stat().st_size, "a range, not the file"
+        assert sum(sizes) <= (Path(local.uri) / "shards" / name).stat().st_size
+    assert not [path for method, path, _ in s3.seen if method == "HEAD"]
+
+
+def test_a_remote_dataset_counts_when_it_is_finished(grey: tuple[Dataset, np.ndarray], s3: Store) -> None:
+    folder = Path(grey[0].uri)
+    storage.upload(folder, f"{s3.bucket}/data", only=["dataset.json", "manifest.parquet"])
+    with pytest.raises(UsageError, match="not a DATASET"):
+        Dataset.open(f"{s3.bucket}/data")
+    storage.write_json(f"{s3.bucket}/data/summary.json", {})
+    assert len(Dataset.open(f"{s3.bucket}/data").select()) == 700
+
+
+def test_a_dataset_may_be_named_by_a_file_uri(grey: tuple[Dataset, np.ndarray]) -> None:
+    opened = resolve_data(f"file://{Path(grey[0].uri)}", out="unused")
+    assert opened.uri == str(Path(grey[0].uri))
+    assert opened.version == grey[0].version
