@@ -211,6 +211,32 @@ def token_file(path: Path) -> Iterator[Finding]:
         yield Finding("ok", "ray token file", f"{path} has mode {mode:04o}")
 
 
+CLUSTER_PROBE = """
+import sys
+from cluster.errors import RayographError
+from cluster.session import session
+try:
+    with session() as found:
+        print(f"{found.nodes} nodes, {found.cpus} CPUs, {found.gpus} GPUs")
+except RayographError as error:
+    sys.exit(str(error))
+"""
+
+
+def check_cluster() -> Iterator[Finding]:
+    """Whether the cluster of `RAY_ADDRESS` can be joined, and all its nodes run our code."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        yield Finding("ok", "cluster", "RAY_ADDRESS is not set: work runs on this machine")
+        return
+    status, out = _ask([sys.executable, "-c", CLUSTER_PROBE], timeout_s=PROBE_TIMEOUT_S)
+    if status == 0:
+        yield Finding("ok", "cluster", f"{address}: {_last_line(out)}, all with this machine's code and versions")
+    else:
+        said = _last_line(out) or f"{address} gives no answer within {PROBE_TIMEOUT_S:g} s"
+        yield Finding("fail", "cluster", said, "" if out else "start it, or unset RAY_ADDRESS to run locally")
+
+
 def check_disk() -> Iterator[Finding]:
     ray_folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     yield from disk("disk here", Path.cwd())
@@ -288,6 +314,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_faiss,
     check_ports,
     check_ray,
+    check_cluster,
     check_disk,
     check_files,
     check_licences,

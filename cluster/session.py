@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.errors import ResourceError, StoppedError
+from cluster.nodes import check_code
 
 STARTS = 3
 """How often a local Ray is tried: on a machine that is busy with something else its parts may miss each other."""
@@ -90,6 +91,24 @@ def _quiet(log: Path | None) -> list[tuple[logging.Logger, logging.Handler]]:
     return undo
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What Ray says of other nodes goes to its log inside the block; `log_to_driver` does not keep it from stdout."""
+    from ray._private import worker
+
+    said = worker.print_to_stdstream
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        for line in data["lines"]:
+            logging.getLogger("ray").error(line)
+
+    worker.print_to_stdstream = log
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = said
+
+
 def resources() -> Resources:
     """What the current session has. Ray must be up."""
     import ray
@@ -112,7 +131,8 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
     directory is removed; one that was already there is left as it was.
 
     Raises:
-        ResourceError: the cluster of `RAY_ADDRESS` cannot be joined.
+        ResourceError: the cluster of `RAY_ADDRESS` cannot be joined, or one of its nodes does not answer.
+        UsageError: one of its nodes runs other code than this process.
         StoppedError: SIGTERM came while this call's own session was up.
     """
     import ray
@@ -123,15 +143,18 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
     undo = _quiet(log)
     folder: str | None = None
     try:
-        if in_cluster():
-            _join()
-        else:
-            folder = _start_local(max(cpus, cores()))
-        import ray.data  # sets up loggers of its own, as ray.init does: silence them after both
+        with _silent():
+            if in_cluster():
+                _join()
+            else:
+                folder = _start_local(max(cpus, cores()))
+            import ray.data  # sets up loggers of its own, as ray.init does: silence them after both
 
-        undo += _quiet(log)
-        with _stoppable():
-            yield resources()
+            undo += _quiet(log)
+            with _stoppable():
+                if in_cluster():
+                    check_code()
+                yield resources()
     finally:
         ray.shutdown()
         for logger, handler in undo:
@@ -175,8 +198,8 @@ def _join() -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ResourceError(f"RAY_ADDRESS={address}: cannot join this cluster ({first[:200]})") from error
+        said = " ".join(str(error).split()) or type(error).__name__  # a version mismatch is told over several lines
+        raise ResourceError(f"RAY_ADDRESS={address}: cannot join this cluster ({said[:300]})") from error
 
 
 def _knock(address: str) -> None:

@@ -152,3 +152,22 @@ def flags(config: PretrainConfig) -> list[str]:
     chosen = ("out", "model", "image_size", "epochs", "batch_size", "workers", "checkpoint_s")
     pairs = [(f"--{name.replace('_', '-')}", str(given[name])) for name in chosen]
     return ["pretrain", "--data", config.data, *(part for pair in pairs for part in pair)]
+
+
+def tree_of(folder: Path) -> Path:
+    """`folder`, with a copy of the four packages."""
+    for name in ("cluster", "serving", "training", "tuning"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def wheel_of(folder: Path) -> Path:
+    """A folder below `folder` with what an installed wheel of this checkout would have put there."""
+    source = tree_of(folder / "source")  # a build leaves traces beside what it builds
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("*.whl")
+    shutil.unpack_archive(wheel, folder / "installed", "zip")
+    return folder / "installed"
