@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -96,6 +97,61 @@ def curves(
     if len(series) > 1:
         axes.legend(fontsize=8, frameon=False)
     _plain(axes)
+    _save(figure, path)
+
+
+def training_loss(steps: ArrayLike, loss: ArrayLike, epochs: ArrayLike, path: Path, marks: Sequence[int] = ()) -> None:
+    """Draws the loss of each step [N], faintly, and the mean of each epoch at the middle of its steps.
+
+    `epochs` [N] says to which epoch a step belongs; `marks` are steps at which training was started again.
+    """
+    x, y, e = np.asarray(steps, dtype=np.float64), np.asarray(loss, dtype=np.float64), np.asarray(epochs)
+    figure, axes = _figure(6.4, 3.4)
+    axes.plot(x, y, color=COLOURS[5], linewidth=0.8, alpha=0.7, label="step")
+    _, which, counts = np.unique(e, return_inverse=True, return_counts=True)
+    middles, means = np.bincount(which, x) / counts, np.bincount(which, y) / counts
+    marker = "o" if len(means) < 3 else None
+    axes.plot(middles, means, color=COLOURS[0], linewidth=1.8, marker=marker, markersize=4, label="mean of an epoch")
+    for number, mark in enumerate(marks):
+        label = "started again" if number == 0 else None
+        axes.axvline(mark, color="#555555", linewidth=1, linestyle=":", label=label)
+    axes.set(xlabel="step", ylabel="loss", xlim=(0, x.max(initial=1)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    _save(figure, path)
+
+
+def probes(
+    steps: ArrayLike, scores: Mapping[str, ArrayLike], chance: float | None, effective_rank: ArrayLike, path: Path
+) -> None:
+    """Draws balanced accuracies over steps, name -> [N] in 0..1, with the line of chance, and the effective rank [N]
+    below; without scores the rank alone."""
+    x, rank = np.asarray(steps, dtype=np.float64), np.asarray(effective_rank, dtype=np.float64)
+    figure = Figure(figsize=(6.4, 4.8 if scores else 2.6), layout="constrained")
+    panels = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if scores else [1])
+    lower: Axes = panels[-1, 0]
+    line: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
+    if scores:
+        upper: Axes = panels[0, 0]
+        for i, (name, values) in enumerate(scores.items()):
+            upper.plot(
+                x, np.asarray(values, dtype=np.float64), f"{'os^'[i % 3]}-", color=COLOURS[i], label=name, **line
+            )
+        if chance is not None:
+            upper.axhline(chance, color="#555555", linewidth=1.2, linestyle="--", label=f"guessing ({chance:.2f})")
+        upper.set(ylabel="balanced accuracy", ylim=(0, 1.02))
+        upper.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    lower.plot(x, rank, "D-", color=COLOURS[2], **line)
+    lower.set(xlabel="step", ylabel="effective rank", ylim=(0, max(1.0, 1.15 * np.nanmax(rank, initial=0))))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.yaxis.set_major_locator(MaxNLocator(5))
+    for axes in panels[:, 0]:
+        axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+        _plain(axes)
     _save(figure, path)
 
 

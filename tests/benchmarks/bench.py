@@ -14,18 +14,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cluster import storage
 from cluster.session import cores, session
 from tests.benchmarks.served import killed, served
 from training import phantom
 from training.configs import IngestConfig, PretrainConfig
+from training.desk import read_metrics
 from training.images import ImagePath, decode_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -126,9 +130,9 @@ def ingest_small() -> list[tuple[str, str, str, str, str]]:
         began = time.perf_counter()
         with session(cpus=cores()):
             start = time.perf_counter() - began
-            read_all(listing, path, folder / "warm")  # workers have imported what they need
+            read_all(listing, path, str(folder / "warm"))  # workers have imported what they need
             for _ in range(ROUNDS):
-                ours.append(_rate(SMALL, lambda: read_all(listing, path, folder / "shards")) / cores())
+                ours.append(_rate(SMALL, lambda: read_all(listing, path, str(folder / "shards"))) / cores())
         with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
             for number in range(ROUNDS + 1):  # the first one warms up, as above
                 out = folder / f"plain{number}"
@@ -170,10 +174,10 @@ def _dataset(folder: Path) -> str:
     return str(folder / "data")
 
 
-def _steady(rows: list[dict[str, Any]], skip: int = 5) -> float:
-    """Images per second over the steps after the first `skip`, waits for data included."""
+def _steady(rows: list[dict[str, Any]], skip: int = 5, waits: bool = True) -> float:
+    """Images per second over the steps after the first `skip`, with or without waits for data."""
     rows = [r for r in rows if "step" in r][skip:]
-    seconds = sum(64 / r["images_per_second"] for r in rows)
+    seconds = sum(64 / r["images_per_second"] - (0 if waits else r["data_wait_s"]) for r in rows)
     return float(64 * len(rows) / seconds)
 
 
@@ -182,32 +186,122 @@ def pretrain_fed() -> list[tuple[str, str, str, str, str]]:
     from training.pretrain import pretrain
 
     folder = Path(tempfile.mkdtemp(prefix="rayograph-bench-"))
-    fed, bare, first = [], [], []
+    fed, bare, first, inner, alone = [], [], [], [], []
     try:
         data = _dataset(folder)
         for number in range(2):
             out = folder / f"run{number}"
-            began = time.time()
-            pretrain(PretrainConfig(data, out=str(out), epochs=4, batch_size=64, workers="2", preset="tiny"))
-            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            fed.append(_steady(rows))
-            first.append((out / "config.yaml").stat().st_mtime - began)
-            result = folder / f"torchrun{number}.json"
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
-                    *("-m", "tests.benchmarks.torchrun_step", data, str(result)),
-                ],
-                check=True,
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            config = PretrainConfig(
+                data, out=str(out), epochs=4, batch_size=64, workers="2", preset="tiny", probe=False
             )
-            bare.append(_steady(json.loads(result.read_text())))
-        a, b = float(np.median(fed)), float(np.median(bare))
-        what = "MAE pretraining, tiny, 2 workers, images/s: Ray Train fed by Ray Data / torchrun on tensors in memory"
-        return [(what, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}", "≥ 0.95")]
+            pretrain(config)
+            rows = read_metrics((out / "metrics.jsonl").read_text())
+            fed.append(_steady(rows))
+            inner.append(_steady(rows, waits=False))
+            first.append(next(row["data_wait_s"] for row in rows if "step" in row))
+            bare.append(_steady(_torchrun(data, folder / f"two{number}.json", 2)))
+            alone.append(_steady(_torchrun(data, folder / f"one{number}.json", 1)))
+        a, b, c, d = (float(np.median(rates)) for rates in (fed, bare, inner, alone))
+        what = "MAE pretraining, tiny, 2 workers, images/s: Ray Train"
+        return [
+            (f"{what} fed by Ray Data / torchrun on tensors in memory", *_pair(a, b), "≥ 0.95"),
+            (f"{what}, without waits for data / torchrun", f"{c:.0f}", f"{b:.0f}", f"{c / b:.3f}", "≥ 0.975"),
+            ("from the start of the ranks to their first batch, s", f"{np.median(first):.1f}", "", "", "≤ 10"),
+            ("the step on 2 workers / twice that on 1, a thread each, torchrun", *_pair(b, 2 * d), "≥ 0.85"),
+        ]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _torchrun(data: str, result: Path, processes: int) -> list[dict[str, Any]]:
+    """Metrics rows of the bare step under torchrun."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"),
+            *("-m", "tests.benchmarks.torchrun_step", data, str(result)),
+        ],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return list(json.loads(result.read_text()))
+
+
+def checkpoints() -> list[tuple[str, str, str, str, str]]:
+    """What a checkpoint costs the steps, to a local disk and to an S3 server that takes 2 s for each request."""
+    from tests import s3
+    from training.pretrain import pretrain
+
+    folder = Path(tempfile.mkdtemp(prefix="rayograph-bench-"))
+    try:
+        data = _dataset(folder)
+        config = PretrainConfig(data, out=str(folder / "run"), epochs=40, batch_size=64, workers="2", preset="tiny")
+        config = replace(config, probe=False, checkpoint_s=6.0)
+        with session(cpus=1 + 3 * cores()):
+            pretrain(config)
+            text = (folder / "run" / "metrics.jsonl").read_text()
+            local, plain = _saving(text), _steady(read_metrics(text))
+            pretrain(replace(config, out=str(folder / "probed"), probe=True))
+            probed = _steady(read_metrics((folder / "probed" / "metrics.jsonl").read_text()))
+        with s3.running() as store, environment(store.environment):
+            out = f"{store.make('bench')}/run"
+            with store.refusing(_slow), session(cpus=1 + 3 * cores()):
+                pretrain(replace(config, out=out))
+            slow = _saving(storage.read_bytes(f"{out}/metrics.jsonl").decode())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    cost = local["lost"] / local["saves"] / 60
+    return [
+        (
+            "a checkpoint to a local disk takes of training, ms / a minute, the default interval",
+            f"{1000 * local['lost'] / local['saves']:.0f}",
+            "60000",
+            f"{cost:.2%}",
+            "≤ 3 %",
+        ),
+        (
+            "p99 step in ms while a throttled store takes a checkpoint / of the other steps of the run",
+            *_pair(1000 * slow["p99_saving"], 1000 * slow["p99"]),
+            "≤ 1.1",
+        ),
+        ("images/s with probes of the checkpoints beside / without", *_pair(probed, plain), "≥ 0.95"),
+    ]
+
+
+def _slow(method: str, path: str) -> int:
+    time.sleep(2.0 if method == "PUT" else 0.0)
+    return 0
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _saving(text: str) -> dict[str, float]:
+    """Of a run's metrics: checkpoints, seconds that their steps took beyond the median step, and p99 with and without.
+
+    The steps right after a save began carry the copy of the state; they count as saving.
+    """
+    rows = [row for row in read_metrics(text) if "step" in row][10:]
+    seconds = np.asarray([64 / row["images_per_second"] - row["data_wait_s"] for row in rows])
+    busy = np.asarray([row["saving"] for row in rows])
+    busy[1:] |= busy[:-1].copy()
+    busy[:-1] |= busy[1:].copy()
+    begins = int((busy[1:] & ~busy[:-1]).sum())
+    usual = float(np.median(seconds[~busy]))
+    return {
+        "saves": begins,
+        "lost": float((seconds[busy] - usual).sum()),
+        "p99_saving": float(np.percentile(seconds[busy], 99)),
+        "p99": float(np.percentile(seconds[~busy], 99)),
+    }
 
 
 def _mae() -> Any:
@@ -282,29 +376,11 @@ def _stepper(module: Any, loss: Callable[[Any], Any], images: Any) -> Callable[[
     return step
 
 
-def flops_per_image(module: Any) -> float:
-    """Floating-point operations of one training step per image: 2 per multiply-add, backward twice the forward."""
-    encoder = module.encoder
-    pixels = module.channels * module.patch**2
-
-    def blocks(tokens: int, width: int, depth: int) -> float:
-        return depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-
-    width, depth = encoder.embed_dim, len(encoder.blocks)
-    small, shallow = module.decoder_embed.out_features, len(module.decoder_blocks)
-    forward = (
-        2 * module.visible * pixels * width
-        + blocks(1 + module.visible, width, depth)
-        + 2 * (1 + module.visible) * width * small
-        + blocks(1 + module.patches, small, shallow)
-        + 2 * (module.patches - module.visible) * small * pixels
-    )
-    return float(3 * forward)
-
-
 def pretrain_bare() -> list[tuple[str, str, str, str, str]]:
     """One process with all cores: our step, lightly's, and the peak of matrix multiplication."""
     import torch
+
+    from training.speed import flops_per_image, matmul_peak_gflops
 
     torch.set_num_threads(cores())
     torch.manual_seed(0)
@@ -320,10 +396,8 @@ def pretrain_bare() -> list[tuple[str, str, str, str, str]]:
         for name, step in (("ours", ours), ("lightly", theirs)):
             rates[name].append(_rate(64 * 3, lambda step=step: [step() for _ in range(3)]))  # type: ignore[misc]
     a, b = float(np.median(rates["ours"])), float(np.median(rates["lightly"]))
-    matrix = torch.randn(1024, 1024)
-    matrix @ matrix
-    peak = max(_rate(20, lambda: [matrix @ matrix for _ in range(20)]) * 2 * 1024**3 for _ in range(5)) / 1e9
-    achieved = a * flops_per_image(module) / 1e9
+    peak = matmul_peak_gflops(cores(), seconds=2.0)
+    achieved = a * flops_per_image(module, (3, 96, 96)) / 1e9
     _where_time_goes(ours)
     return [
         ("MAE step, one process, images/s: ours / lightly 1.6 modules, equal shapes", *_pair(a, b), "≥ 1.1"),
@@ -352,6 +426,7 @@ PARTS: dict[str, Callable[[], list[tuple[str, str, str, str, str]]]] = {
     "decode": decode_large,
     "bare": pretrain_bare,
     "fed": pretrain_fed,
+    "checkpoints": checkpoints,
     "serve": served,
     "killed": killed,
 }

@@ -107,9 +107,7 @@ class LitApi(litserve.LitAPI if litserve else object):  # type: ignore[misc]
 def serve_with_litserve(run: str, port: int) -> None:
     api = LitApi(max_batch_size=BATCH, batch_timeout=0.005, api_path="/v1/classify")
     api.run = run
-    litserve.LitServer(api, accelerator="cpu", timeout=60).run(
-        port=port, host="127.0.0.1", generate_client_file=False
-    )
+    litserve.LitServer(api, accelerator="cpu", timeout=60).run(port=port, host="127.0.0.1", generate_client_file=False)
 
 
 if __name__ == "__main__":

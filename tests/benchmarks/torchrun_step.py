@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,26 @@ import torch.distributed as dist
 
 from training.configs import PretrainConfig
 from training.dataset import Dataset
-from training.feed import Batch, Source
+from training.feed import Batch, source_of
+from training.line import Line
 from training.loop import Job, Rank
 from training.plan import rank_slice
 from training.weights import Wanted
 
 STEPS = 80
+
+
+class Alone(Line):
+    """A rank without a driver."""
+
+    def __init__(self) -> None:
+        self._orders = {"stop": False, "regroup": False}
+
+    def begin(self, **start: Any) -> tuple[int, str | None]:
+        return 1, None
+
+    def orders(self) -> dict[str, bool]:
+        return self._orders
 
 
 def main(data: str, result: str) -> None:
@@ -39,8 +54,8 @@ def main(data: str, result: str) -> None:
         mean=tuple(dataset.info["mean"]),
         std=tuple(dataset.info["std"]),
     )
-    job = Job(config, config.out, Source(data, (), False, plan), wanted, "fp32", 2)
-    trainer = Rank(job, rank, world, torch.device("cpu"), 1)
+    job = Job(config, config.out, source_of(dataset, plan), wanted, "fp32", 2)
+    trainer = Rank(job, rank, world, torch.device("cpu"), 1, Alone())
     low, high = rank_slice(config.batch_size, rank, world)
     images = dataset.pixels(selection.take(np.arange(low, high)))
     rows = []
@@ -48,7 +63,7 @@ def main(data: str, result: str) -> None:
         epoch, within = divmod(number, plan.batches)
         positions = within * config.batch_size + np.arange(low, high)
         batch = Batch(epoch, within, config.batch_size, positions, positions, images, 0.0, frozenset())
-        rows.append(trainer.step(batch))
+        rows.append(trainer.step(batch)[0])
     if rank == 0:
         Path(result).write_text(json.dumps(rows))
     dist.destroy_process_group()

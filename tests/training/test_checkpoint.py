@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cluster.errors import UsageError
+from cluster import storage
+from cluster.errors import RayographError, UsageError
 from training import checkpoint
-from training.checkpoint import Position, State, collect, newest, restore, save
+from training.checkpoint import Position, Saver, State, collect, newest, restore, save
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -41,8 +48,14 @@ def state(step: int) -> State:
     return State(Position(1, 2, step, step * 6), {"model.a": torch.full((3,), float(step))})
 
 
-def steps(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def steps(folder: Path) -> list[int]:
+    """The steps of what lies in the folder, which is nothing but checkpoints."""
+    return sorted(checkpoint.step_of(path.name) for path in folder.iterdir())
+
+
+def at_step(folder: Path, step: int) -> Path:
+    (found,) = folder.glob(f"step-{step:09d}-*")
+    return found
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -107,7 +120,7 @@ def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path: Path) -> None:
 def test_only_as_many_as_asked_for_are_kept(keep: int, tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, state(step), keep)
-    assert steps(tmp_path) == [f"step-{step:09d}" for step in range(6 - keep, 6)]
+    assert steps(tmp_path) == list(range(6 - keep, 6))
 
 
 def truncated(file: Path) -> None:
@@ -124,21 +137,31 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, flipped, Path.unlink])
+def cut(share: float) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        os.truncate(file, int(file.stat().st_size * share))
+
+    return damage
+
+
+@pytest.mark.parametrize("damage", [truncated, cut(0), cut(0.5), cut(0.99), flipped, Path.unlink])
 @pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.json"])
 def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(damage: Any, name: str, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, state(step), keep=3)
-    damage(tmp_path / "step-000000003" / name)
+    damage(at_step(tmp_path, 3) / name)
     found, complaints = newest(tmp_path)
     assert found is not None and found.position.step == 2
-    assert [text.startswith("step-000000003 is damaged (") for text in complaints] == [True]
+    assert [text.startswith("step-000000003-") and " is damaged (" in text for text in complaints] == [True]
+    assert steps(tmp_path) == [1, 2, 3], "to look is not to throw away"
+    assert checkpoint.newest_name(tmp_path) == (at_step(tmp_path, 2).name, complaints)
+    assert steps(tmp_path) == [1, 2], "else the damaged one would count among those kept"
 
 
 def test_no_single_flipped_bit_of_the_manifest_moves_the_position(tmp_path: Path) -> None:
     save(tmp_path, state(1), keep=2)
     save(tmp_path, state(2), keep=2)
-    file = tmp_path / "step-000000002" / "checkpoint.json"
+    file = at_step(tmp_path, 2) / "checkpoint.json"
     whole = file.read_bytes()
     for at in range(len(whole)):
         broken = bytearray(whole)
@@ -150,39 +173,115 @@ def test_no_single_flipped_bit_of_the_manifest_moves_the_position(tmp_path: Path
 
 def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:
     for step in (1, 2):
-        truncated(save(tmp_path, state(step), keep=2) / "state.safetensors")
+        truncated(tmp_path / save(tmp_path, state(step), keep=2) / "state.safetensors")
     found, complaints = newest(tmp_path)
     assert found is None
-    assert [text.split()[0] for text in complaints] == ["step-000000002", "step-000000001"]
+    assert [text.split("-")[1] for text in complaints] == ["000000002", "000000001"]
 
 
 def test_what_an_interrupted_save_leaves_behind_is_ignored_and_written_over(tmp_path: Path) -> None:
     save(tmp_path, state(1), keep=2)
-    partial = tmp_path / ".step-000000002.partial"
+    partial = tmp_path / ".step-000000002-0a1b2c3d.partial"
     partial.mkdir()
     (partial / "state.safetensors").write_bytes(b"half of a")
     found, complaints = newest(tmp_path)
     assert found is not None and (found.position.step, complaints) == (1, [])
     save(tmp_path, state(2), keep=2)
-    assert steps(tmp_path) == ["step-000000001", "step-000000002"]
+    assert steps(tmp_path) == [1, 2]
     found, _ = newest(tmp_path)
     assert found is not None and found.position.step == 2
 
 
-def test_a_step_saved_again_replaces_its_damaged_checkpoint(tmp_path: Path) -> None:
+def test_a_step_saved_again_takes_the_place_of_its_damaged_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, state(step), keep=2)
-    flipped(tmp_path / "step-000000002" / "state.safetensors")
+    flipped(at_step(tmp_path, 2) / "state.safetensors")
+    checkpoint.newest_name(tmp_path)
     save(tmp_path, state(2), keep=2)
     found, complaints = newest(tmp_path)
     assert found is not None and (found.position.step, complaints) == (2, [])
-    shutil.rmtree(tmp_path / "step-000000002")
+    shutil.rmtree(at_step(tmp_path, 2))
     assert newest(tmp_path)[0] is not None
 
 
+def sealed(content: dict[str, Any]) -> str:
+    """A manifest as a writer of that format would have left it."""
+    return json.dumps(content | {"digest": checkpoint._digest(content)})
+
+
 def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
-    path = save(tmp_path, State(Position(step=1), {"model.w": torch.zeros(1)}), keep=2)
-    manifest = json.loads((path / "checkpoint.json").read_text())
-    (path / "checkpoint.json").write_text(json.dumps(manifest | {"format": checkpoint.FORMAT + 1}))
+    file = tmp_path / save(tmp_path, State(Position(step=1), {"model.w": torch.zeros(1)}), keep=2) / "checkpoint.json"
+    content = {k: v for k, v in json.loads(file.read_text()).items() if k != "digest"}
+    file.write_text(sealed(content | {"format": checkpoint.FORMAT + 1}))
     with pytest.raises(UsageError, match="newer"):
         newest(tmp_path)
+
+
+def test_the_format_before_is_read(tmp_path: Path) -> None:
+    file = tmp_path / save(tmp_path, state(1), keep=2) / "checkpoint.json"
+    content = json.loads(file.read_text())
+    digests = {**content["sha256"], "position": checkpoint._digest(content["position"])}
+    file.write_text(json.dumps({"format": 1, "position": content["position"], "sha256": digests}))
+    found, complaints = newest(tmp_path)
+    assert found is not None and (found.position.step, complaints) == (1, [])
+    file.write_text(json.dumps({"format": 1, "position": content["position"] | {"step": 7}, "sha256": digests}))
+    assert newest(tmp_path)[0] is None
+
+
+# Written while training goes on
+
+
+def _wait(gate: threading.Event) -> None:
+    assert gate.wait(10)
+
+
+def test_what_is_saved_is_the_state_at_the_call_whatever_training_does_meanwhile(tmp_path: Path) -> None:
+    module, optimizer = build()
+    train(module, optimizer, 0, 2)
+    expected = collect(module, optimizer)
+    gate = threading.Event()
+    saver = Saver(tmp_path, keep=2, before=lambda step: _wait(gate))
+    saver.save(Position(0, 2, 2, 12), module, optimizer)
+    assert saver.busy
+    train(module, optimizer, 2, 4)
+    assert not list(tmp_path.glob("step-*")), "nothing is visible before it is whole"
+    gate.set()
+    saver.wait()
+    found, _ = newest(tmp_path)
+    assert found is not None and equal(found.tensors, expected)
+
+
+def test_rows_are_durable_before_the_checkpoint_that_relies_on_them(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    module, optimizer = build()
+    saver = Saver(tmp_path, keep=2, before=lambda step: seen.append((step, len(list(tmp_path.glob("step-*"))))))
+    for step in (1, 2):
+        saver.save(Position(step=step), module, optimizer)
+    saver.wait()
+    assert seen == [(1, 0), (2, 1)]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_one_before(tmp_path: Path) -> None:
+    module, optimizer = build()
+    saver = Saver(tmp_path, keep=1, before=lambda step: None)
+    saver.save(Position(step=1), module, optimizer)
+    saver.wait()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        saver.save(Position(step=2), module, optimizer)
+        with pytest.raises(RayographError, match=str(tmp_path)):
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert saver.failed
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
+    error = SafetensorError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(RayographError, match="the disk is full"), storage.explained(tmp_path):
+        raise OSError(checkpoint._errno_of(error), "x")

@@ -62,6 +62,27 @@ def test_each_curve_has_its_colour(log_y: bool, tmp_path: Path) -> None:
     assert holds_colour(pixels, (0xD5, 0x5E, 0x00), share=0.0005)
 
 
+def test_the_loss_is_shown_by_step_by_epoch_and_with_restarts(tmp_path: Path) -> None:
+    steps = np.arange(1, 101)
+    epochs = (steps - 1) // 10
+    figures.training_loss(steps, 1 / steps, epochs, tmp_path / "a.png", marks=[40])
+    pixels = opened(tmp_path / "a.png")
+    assert holds_colour(pixels, (0x00, 0x72, 0xB2), share=0.001)
+    figures.training_loss([1], [0.5], [0], tmp_path / "b.png")
+    opened(tmp_path / "b.png")
+
+
+def test_probes_show_scores_chance_and_rank_and_the_rank_alone_without_scores(tmp_path: Path) -> None:
+    scores: dict[str, ArrayLike] = {"nearest neighbours": [0.3, 0.5, 0.6], "linear classifier": [0.35, np.nan, 0.7]}
+    figures.probes([0, 50, 100], scores, 0.25, [9.0, 20.0, 30.0], tmp_path / "a.png")
+    both = opened(tmp_path / "a.png")
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
+        assert holds_colour(both, colour, share=0.0002)
+    figures.probes([50], {}, None, [0.0], tmp_path / "b.png")
+    alone = opened(tmp_path / "b.png")
+    assert alone.shape[0] < both.shape[0] and not holds_colour(alone, (0x00, 0x72, 0xB2), share=0.0001)
+
+
 @pytest.mark.parametrize(("shape", "k"), [((32, 32, 3), 4), ((24, 60, 1), 1), ((60, 24, 3), 2)])
 def test_reconstructions_show_three_rows_of_pictures(shape: tuple[int, int, int], k: int, tmp_path: Path) -> None:
     black, dark, light = (np.full((k, *shape), level, dtype=np.uint8) for level in (0, 120, 200))

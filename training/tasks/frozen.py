@@ -72,11 +72,15 @@ def load_estimator(content: bytes, classes: int) -> Frozen:
     return Frozen(skops.io.loads(content, trusted=list(TRUSTED)), classes)
 
 
+def logistic(c: float = 1.0) -> Pipeline:
+    """Standardised features, balanced multinomial logistic regression; unfitted."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, class_weight="balanced", max_iter=3000))
+
+
 def linear(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
-    """Linear probe: standardised features, balanced multinomial logistic regression, C of 10^-3..10 by inner CV."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=3000))
+    """Linear probe: `logistic` with a C of 10^-3..10 by inner CV."""
     grid = {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0, 10.0]}
-    search = GridSearchCV(model, grid, cv=inner, scoring="balanced_accuracy").fit(features, truth)
+    search = GridSearchCV(logistic(), grid, cv=inner, scoring="balanced_accuracy").fit(features, truth)
     best: BaseEstimator = search.best_estimator_
     return best
 

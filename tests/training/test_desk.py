@@ -1,0 +1,279 @@
+"""The desk without Ray: what stands in the metrics, who may write them, and when a run is given up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+
+from cluster import parts
+from cluster.errors import RayographError
+from tests.s3 import Store
+from training import desk, launch
+from training.desk import IDLE_STARTS, METRICS, Desk, Place, born, read_metrics
+from training.launch import DATA_PATIENCE, START_PATIENCE_S, Team, stuck
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Desk]:
+    with_run = Desk()
+    with_run.open(str(tmp_path), str(tmp_path), 0)
+    yield with_run
+    with_run.close()
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    plotted = dict.fromkeys(desk.PLOTTED, 1.0)
+    return {"step": step, "samples": step * 8, **plotted, **more}
+
+
+def start(run: Desk, step: int = 0, workers: int = 2) -> dict[str, Any]:
+    return run.begin({"from_step": step, "workers": workers, "device": "cpu", "pid": 1})
+
+
+def steps(folder: Path) -> list[int]:
+    return [r["step"] for r in read_metrics((folder / METRICS).read_text()) if "step" in r]
+
+
+def test_rows_are_there_for_a_reader_as_soon_as_they_are_written(run: Desk, tmp_path: Path) -> None:
+    group = start(run)["group"]
+    run.write(group, [row(1), row(2)])
+    assert steps(tmp_path) == [1, 2]
+    seen = run.look()
+    assert (seen["step"], seen["samples"], seen["loss"], seen["world"]) == (2, 16, 1.0, 2)
+
+
+def test_a_start_drops_the_rows_after_its_step_and_what_a_kill_cut_off(run: Desk, tmp_path: Path) -> None:
+    group = start(run)["group"]
+    run.write(group, [row(n) for n in range(1, 6)])
+    run.note([{"probed_step": 2, "knn": 0.5}, {"probed_step": 4, "knn": 0.6}])
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 6, "los')
+    start(run, step=3)
+    assert steps(tmp_path) == [1, 2, 3]
+    rows = read_metrics((tmp_path / METRICS).read_text())
+    assert [r["probed_step"] for r in rows if "probed_step" in r] == [2]
+    assert [r["from_step"] for r in rows if r.get("event") == "start"] == [0, 3]
+
+
+def test_a_rank_of_a_group_that_was_given_up_writes_nothing_and_is_told_to_stop(run: Desk, tmp_path: Path) -> None:
+    old = start(run)["group"]
+    run.write(old, [row(1)])
+    new = start(run, step=1)["group"]
+    assert run.write(old, [row(2)])["stop"] is True
+    assert run.write(new, [row(2)])["stop"] is False
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_orders_reach_the_ranks_with_the_answer_to_their_rows(run: Desk) -> None:
+    group = start(run)["group"]
+    assert run.write(group, [row(1)]) == {"stop": False, "regroup": False}
+    run.order("regroup")
+    assert run.write(group, [row(2)]) == {"stop": False, "regroup": True}
+    group = start(run, step=2)["group"]
+    assert run.write(group, [row(3)]) == {"stop": False, "regroup": False}, "it was done"
+    run.order("stop")
+    assert run.write(group, [row(4)])["stop"] is True
+
+
+def test_a_flush_waits_for_rows_that_are_on_their_way(run: Desk) -> None:
+    group = start(run)["group"]
+    flushed = threading.Event()
+
+    def flush() -> None:
+        run.flush(group, 2)
+        flushed.set()
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    run.write(group, [row(1)])
+    assert not flushed.wait(0.3)
+    run.write(group, [row(2)])
+    assert flushed.wait(5)
+    thread.join()
+
+
+def test_rows_that_never_arrive_are_no_durable_rows(run: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "ARRIVAL_S", 0.1)
+    group = start(run)["group"]
+    run.write(group, [row(1)])
+    with pytest.raises(RayographError, match="step 2 did not arrive"):
+        run.flush(group, 2)
+
+
+def test_a_second_writer_of_the_same_run_waits_in_vain(
+    run: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "WRITER_PATIENCE_S", 0.2)
+    with pytest.raises(filelock.Timeout):
+        Desk().open(str(tmp_path), str(tmp_path), 0)
+
+
+def test_a_run_that_starts_again_and_again_without_a_new_step_is_given_up(run: Desk) -> None:
+    group = start(run)["group"]
+    run.write(group, [row(n) for n in range(1, 8)])
+    answers = []
+    for _ in range(IDLE_STARTS + 1):
+        answers.append(start(run, step=4))
+        run.write(answers[-1]["group"], [row(n) for n in range(5, 8)])  # never beyond 7
+    assert [bool(a["refused"]) for a in answers] == [False] * IDLE_STARTS + [True]
+    assert "did not get beyond step 7" in answers[-1]["refused"]
+    assert run.look()["failure"] == {"kind": "RayographError", "message": answers[-1]["refused"]}
+
+
+def test_a_run_that_gets_on_between_its_restarts_is_never_given_up(run: Desk) -> None:
+    for step in range(4 * IDLE_STARTS):
+        answer = start(run, step=step)
+        assert not answer["refused"]
+        run.write(answer["group"], [row(step + 1)])
+
+
+def test_after_a_deliberate_error_no_group_starts_again(run: Desk) -> None:
+    start(run)
+    run.fail("DataError", "the loss is nan")
+    run.fail("RayographError", "a consequence")
+    assert start(run)["refused"] == "the loss is nan"
+    assert run.look()["failure"] == {"kind": "DataError", "message": "the loss is nan"}
+
+
+def test_on_a_store_what_was_flushed_is_there_and_what_a_later_start_dropped_is_not(s3: Store, tmp_path: Path) -> None:
+    uri = f"{s3.bucket}/run"
+    first = Desk()
+    first.open(str(tmp_path / "a"), uri, 0)
+    group = start(first)["group"]
+    first.write(group, [row(n) for n in (1, 2, 3)])
+    assert published(uri) == []
+    first.flush(group, 3)
+    assert published(uri) == [1, 2, 3]
+    with s3.refusing(lambda method, path: 403 if method == "PUT" else 0):
+        first.write(group, [row(4)])
+        with pytest.raises(RayographError):
+            first.flush(group, 4)
+    second = Desk()
+    second.open(str(tmp_path / "b"), uri, 2)
+    group = start(second, step=2)["group"]
+    second.write(group, [row(3), row(4), row(5)])
+    second.flush(group, 5)
+    first.close()  # one that was given up, but still lived: its rows of step 4 come too late to count
+    assert published(uri) == [1, 2, 3, 4, 5]
+    second.close()
+
+
+def published(uri: str) -> list[int]:
+    return [r["step"] for r in read_metrics(parts.read(f"{uri}/{METRICS}.parts")) if "step" in r]
+
+
+# Ranks that hang
+
+
+def seen(*pulses: tuple[str, float], since_step: float, longest: float = 0.1, steps: int = 9) -> dict[str, Any]:
+    """What the desk tells of ranks in these phases, heard of so many seconds ago."""
+    place = Place("node", 1, "0")
+    ranks = {rank: (place, phase, 9, ago) for rank, (phase, ago) in enumerate(pulses)}
+    return {"group": 1, "since_step": since_step, "longest": longest, "pulses": ranks, "step": 9, "steps": steps}
+
+
+def test_a_rank_that_fell_silent_is_the_one_that_hangs() -> None:
+    assert stuck(seen(("step", 0.5), ("step", 70), since_step=70), 60) == [1]
+    assert stuck(seen(("step", 0.5), ("step", 50), since_step=50), 60) == []
+
+
+def test_where_all_live_and_none_gets_on_all_are_replaced() -> None:
+    assert stuck(seen(("step", 0.5), ("save", 0.5), since_step=70), 60) == [0, 1]
+
+
+def test_waiting_for_data_or_starting_is_not_hanging_for_a_long_time() -> None:
+    assert stuck(seen(("step", 0.5), ("data", 0.5), since_step=70), 60) == []
+    assert stuck(seen(("step", 0.5), ("data", 0.5), since_step=60 * DATA_PATIENCE + 1), 60) == [0, 1]
+    assert stuck(seen(("start", 0.5), ("start", 100), since_step=200, steps=0), 60) == []
+    assert stuck(seen(("start", 0.5), ("start", 550), since_step=START_PATIENCE_S + 1, steps=0), 60) == [1]
+    assert stuck(seen(("step", 0.5), ("start", 70), since_step=70, steps=1), 60) == [1], "it was stopped right after"
+
+
+def test_patience_grows_with_the_longest_step_seen() -> None:
+    assert stuck(seen(("step", 0.5), ("step", 80), since_step=90, longest=40), 60) == []
+
+
+def test_ranks_that_come_up_are_not_taken_for_those_of_the_group_that_ended(run: Desk) -> None:
+    place = Place("node", 1, "0")
+    group = start(run)["group"]
+    run.write(group, [row(1), row(2)])
+    for rank in (0, 1):
+        run.beat(group, rank, place, "step", 2)
+    assert run.look()["steps"] == 2
+    run.beat(0, 0, place, "start", 0)
+    seen = run.look()
+    assert (seen["steps"], list(seen["pulses"])) == (0, [0]), "the next group has not made a step yet"
+    new = start(run, step=2)["group"]
+    run.beat(0, 1, place, "start", 0)  # it has not heard of its group yet
+    assert (run.look()["steps"], list(run.look()["pulses"])) == (0, [1])
+    run.beat(new, 0, place, "step", 3)
+    run.beat(new, 1, place, "step", 3)
+    run.write(new, [row(3)])
+    run.beat(group, 1, place, "step", 2)  # of the group that ended
+    assert run.look()["steps"] == 1 and {p[2] for p in run.look()["pulses"].values()} == {3}
+
+
+def test_a_process_is_killed_and_another_one_with_its_number_is_not() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        process.send_signal(signal.SIGSTOP)
+        assert not launch._kill(Place("node", process.pid, "1"))
+        assert process.poll() is None
+        assert launch._kill(Place("node", process.pid, born(process.pid)))
+        assert process.wait(10) == -signal.SIGKILL
+        assert not launch._kill(Place("node", process.pid, "1"))
+    finally:
+        process.kill()
+
+
+def test_birth_tells_processes_apart() -> None:
+    assert born(os.getpid()) and born(os.getpid()) != born(1)
+    assert born(2**22 + 1) == ""
+
+
+# Room for ranks
+
+
+def test_ranks_fit_where_a_node_has_all_that_one_takes() -> None:
+    team = Team(1, 4, "cpu", "trainer")
+    assert team.elastic and not Team(2, 2, "cpu").elastic
+    assert team.room([{"CPU": 8.0}, {"CPU": 2.0, "trainer": 1.0}, {"CPU": 1.0, "trainer": 2.0}]) == 2
+    assert team.room([{"CPU": 64.0, "trainer": 64.0}]) == 4
+    assert Team(1, 9, "cuda").room([{"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}]) == 8
+
+
+def test_rows_survive_a_line_that_is_no_json() -> None:
+    good = json.dumps(row(1))
+    assert [r["step"] for r in read_metrics(f"{good}\nnonsense\n{json.dumps(row(2))}\n")] == [1, 2]
+
+
+def test_the_growth_of_a_cluster_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    nodes = [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 1.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(launch, "GROWTH_S", 0.0)
+    monkeypatch.setattr(launch, "SETTLED_S", 0.2)
+    growth = launch._Growth(Team(1, 2, "cpu"))
+    alone = {"group": 1, "world": 1}
+    time.sleep(0.01)
+    assert not growth.wanted(alone)
+    nodes.append({"NodeID": "b", "Alive": False, "Resources": {"CPU": 1.0}})
+    assert not growth.wanted(alone)
+    nodes[1]["Alive"] = True
+    assert not growth.wanted(alone), "Ray Train does not know of it yet"
+    time.sleep(0.25)
+    assert growth.wanted(alone)
+    assert not growth.wanted(alone), "Ray did not take the node up: asking again would only restart the run"
+    assert not growth.wanted({"group": 2, "world": 2})
