@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "serving", "training", "tuning")
 
-RAY_MODULES = {"cluster.session", "tuning.search", "serving.deployments", "serving.serve"} | {
-    f"training.{name}" for name in ("ingest", "feed", "launch", "loop", "inference", "folds", "gallery")
+RAY_MODULES = {"cluster.nodes", "cluster.session", "tuning.search", "serving.deployments", "serving.serve"} | {
+    f"training.{name}"
+    for name in ("ingest", "feed", "launch", "line", "loop", "probing", "inference", "folds", "gallery")
 }
 """The thin Ray layer: the only modules that may import Ray."""
 OUTER_MODULES = {f"training.{name}" for name in ("ingest", "pretrain", "transfer", "evaluate", "inference", "device")}

@@ -8,14 +8,12 @@ import math
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.runs import (
-    START_S,
     Pretrained,
     flags,
     losses_of,
@@ -24,8 +22,8 @@ from tests.runs import (
     rows_of,
     steps_of,
     under_way,
-    wait_until,
 )
+from training import feed
 from training.dataset import Dataset
 from training.feed import Batch, Feed, Source
 from training.plan import Plan
@@ -43,7 +41,7 @@ ONE_ROW = ("path=phantom/000003.png",)
 
 def source_of(data: Path, *, batch_size: int = BATCH, where: tuple[str, ...] = ()) -> Source:
     dataset = Dataset.open(data)
-    return Source(str(data), where, False, dataset.plan(dataset.select(where), batch_size=batch_size, seed=3))
+    return feed.source_of(dataset, dataset.plan(dataset.select(where), batch_size=batch_size, seed=3), where)
 
 
 def batches(source: Source, rank: int, world: int, *, start: tuple[int, int] = (0, 0), epochs: int = 2) -> list[Batch]:
@@ -224,28 +222,13 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
         # workers notice the loss of their driver a moment after kill -9, and may be at the end by then
         assert steps <= done and (done < whole or way == signal.SIGKILL), "it was stopped midway"
         assert not (Path(config.out) / "summary.json").exists()
+        states = list((Path(config.out) / ".ray").rglob("*.json"))
+        assert states
+        for state in states:  # Ray's own, which it writes in place: nothing of ours relies on it
+            os.truncate(state, state.stat().st_size // 2)
     summary = pretrain(config)
     assert losses_of(config.out) == losses_of(pretrained.run)
     assert summary["samples_seen"] == pretrained.summary["samples_seen"]
     starts = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
     assert len(starts) == 4
     assert starts == sorted(starts) and starts[0] == 0 < starts[1]
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_killed_is_replaced_and_the_losses_stay_the_same(pretrained: Pretrained, tmp_path: Path) -> None:
-    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
-    killed: list[int] = []
-
-    def kill() -> None:
-        wait_until(lambda: under_way(config.out, 20), START_S, "20 steps are done")
-        killed.append(next(row["pid"] for row in rows_of(config.out) if row.get("event") == "start"))
-        os.kill(killed[0], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    summary = pretrain(config)
-    thread.join()
-    assert killed
-    assert summary["restarts"] == 1
-    assert losses_of(config.out) == losses_of(pretrained.run)

@@ -23,7 +23,7 @@ from training.artifact import load_model, read_card
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, TransferConfig
 from training.dataset import Dataset
 from training.evaluate import evaluate
-from training.feed import Feed, Source
+from training.feed import Feed, source_of
 from training.inference import Decode, embed, predict
 from training.ingest import ingest
 from training.sources import list_source
@@ -324,7 +324,7 @@ def test_the_same_image_becomes_the_same_tensor_on_every_way_to_the_network(
     chosen = decoded["image"][[place[path] for path in selection.column("path")]]
     torch.testing.assert_close(evaluation_view(chosen, wanted), stored, rtol=0, atol=0)
 
-    source = Source(str(tmp_path / "data"), (), False, dataset.plan(selection, batch_size=8, seed=0))
+    source = source_of(dataset, dataset.plan(selection, batch_size=8, seed=0))
     for batch in Feed(source, rank=0, world=1, start=(0, 0), epochs=1):
         torch.testing.assert_close(
             evaluation_view(batch.images, wanted), stored[torch.from_numpy(batch.samples)], rtol=0, atol=0

@@ -1,10 +1,21 @@
-"""Checkpoints: complete or invisible. Tensors as safetensors, the position as JSON, a sha256 for each file."""
+"""Checkpoints: complete or invisible, written while training goes on.
+
+Tensors as safetensors, the position as JSON; the manifest names a sha256 of each and is published last, and carries one
+of itself. A name holds the step and a token of its own, so that no writer ever replaces what another one wrote.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +28,16 @@ from torch import nn
 from cluster import storage
 from cluster.errors import RayographError, UsageError
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST, STATE = "checkpoint.json", "state.safetensors"
 
 
 class NewerFormatError(UsageError):
     """A checkpoint of a later Rayograph."""
+
+
+class DamagedError(RayographError):
+    """What the manifest promises is not what is there."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +57,22 @@ class State:
 
 
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Everything of model and optimiser by parameter name, on the CPU."""
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    """A copy of everything of model and optimiser by parameter name, on the CPU: training may go on at once."""
+    tensors = {f"model.{k}": _copy(v) for k, v in module.state_dict().items()}
     names = {id(p): n for n, p in module.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            tensors[f"optimizer.{key}.{names[id(parameter)]}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensors[f"optimizer.{key}.{names[id(parameter)]}"] = _copy(torch.as_tensor(value))
     return tensors
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (
+        tensor.cpu().contiguous()
+        if tensor.device.type != "cpu"
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def restore(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
@@ -62,55 +87,199 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[s
             optimizer.state[target][key] = on.clone()
 
 
-def save(folder: Path, state: State, keep: int) -> Path:
-    """`folder/step-N` holds the state, whole; older ones beyond `keep` are gone."""
-    target = folder / f"step-{state.position.step:09d}"
-    partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(state.tensors, partial / "state.safetensors")
-    manifest = {
+def save(folder: Path | str, state: State, keep: int, scratch: Path | None = None) -> str:
+    """`folder` (a path or URI) holds the state as `step-N-TOKEN`, whole; older ones beyond `keep` are gone.
+
+    Args:
+        scratch: a local folder to write in before publishing; default beside the target.
+
+    Raises:
+        RayographError: it could not be written; what was there before is untouched.
+    """
+    name = f"step-{state.position.step:09d}-{secrets.token_hex(4)}"
+    local = storage.is_local(folder)
+    beside = storage.local_path(folder) if local else (scratch or Path(tempfile.gettempdir()))
+    partial = beside / f".{name}.partial"
+    with storage.explained(partial):
+        if local:
+            _sweep(beside)
+        partial.mkdir(parents=True)
+        try:
+            _write(partial, state)
+            storage.publish_folder(partial, storage.join(folder, name), manifest=MANIFEST)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    _prune(folder, keep)
+    return name
+
+
+def _write(partial: Path, state: State) -> None:
+    try:
+        save_file(state.tensors, partial / STATE)
+    except SafetensorError as error:
+        raise OSError(_errno_of(error), f"cannot be written ({error})") from error
+    content = {
         "format": FORMAT,
         "position": vars(state.position),
-        "sha256": {
-            "state.safetensors": storage.sha256_file(partial / "state.safetensors"),
-            "position": _digest(vars(state.position)),
-        },
+        "sha256": {STATE: storage.sha256_file(partial / STATE)},
     }
-    storage.write_json(partial / "checkpoint.json", manifest)
-    storage.publish_folder(partial, target)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        storage.remove(old)
-    return target
+    storage.write_json(partial / MANIFEST, content | {"digest": _digest(content)})
 
 
-def newest(folder: Path) -> tuple[State | None, list[str]]:
-    """(the newest intact state, complaints about newer ones that are not)."""
+def _errno_of(error: SafetensorError) -> int:
+    """safetensors tells the operating system's error only as text: `I/O error: … (os error 28)`."""
+    code = str(error).rpartition("(os error ")[2].rstrip(") ")
+    return int(code) if code.isdigit() else 5
+
+
+def _sweep(folder: Path) -> None:
+    """What a killed writer left of a checkpoint is gone."""
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prune(folder: Path | str, keep: int) -> None:
+    for name in names(folder)[keep:]:
+        storage.remove(storage.join(folder, name))
+
+
+def names(folder: Path | str) -> list[str]:
+    """The checkpoints in `folder`, complete or not, newest first."""
+    return sorted((n for n in storage.list_names(str(folder)) if n.startswith("step-")), reverse=True)
+
+
+def step_of(name: str) -> int:
+    """The step of the checkpoint called `name`."""
+    return int(name.split("-")[1])
+
+
+def newest(folder: Path | str, repair: bool = False) -> tuple[State | None, list[str]]:
+    """(the newest intact state, complaints about newer ones that are not).
+
+    Args:
+        repair: also remove the damaged ones, which would count as the newest ones kept.
+
+    Raises:
+        NewerFormatError: the newest is whole, and of a later Rayograph: falling back would lose work.
+        RayographError: the storage cannot be read now; falling back would lose work here, too.
+    """
+    _, state, complaints = _newest(folder, repair)
+    return state, complaints
+
+
+def newest_name(folder: Path | str) -> tuple[str | None, list[str]]:
+    """(the name of the newest intact one, complaints); damaged newer ones are removed."""
+    name, _, complaints = _newest(folder, repair=True)
+    return name, complaints
+
+
+def _newest(folder: Path | str, repair: bool) -> tuple[str | None, State | None, list[str]]:
     complaints: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for name in names(folder):
         try:
-            return _load(path), complaints
-        except NewerFormatError:  # whole: falling back would lose work
-            raise
-        except (RayographError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            complaints.append(f"{path.name} is damaged ({error}); falling back to the one before")
-    return None, complaints
+            return name, load(folder, name), complaints
+        except DamagedError as error:
+            complaints.append(f"{name} is damaged ({error}); falling back to the one before")
+            if repair:
+                storage.remove(storage.join(folder, name))
+    return None, None, complaints
 
 
-def _load(path: Path) -> State:
-    manifest: dict[str, Any] = storage.read_json(path / "checkpoint.json")
+def load(folder: Path | str, name: str) -> State:
+    """The state in checkpoint `name`, every byte as it was written.
+
+    Raises:
+        DamagedError: it is not complete, or was changed.
+        NewerFormatError: it is whole, and of a later Rayograph.
+    """
+    where = storage.join(folder, name)
+    try:
+        manifest = _manifest(storage.join(where, MANIFEST))
+        if storage.is_local(where):
+            return _loaded(manifest, storage.local_path(where) / STATE)
+        with tempfile.TemporaryDirectory(prefix="rayograph-") as scratch:
+            storage.fetch(storage.join(where, STATE), Path(scratch) / STATE)
+            return _loaded(manifest, Path(scratch) / STATE)
+    except NewerFormatError:
+        raise
+    except UsageError as error:  # a file that is not there
+        raise DamagedError(str(error)) from error
+
+
+def _manifest(file: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(file))
+        if manifest["format"] == 1 and "digest" not in manifest:
+            intact = manifest["sha256"].pop("position") == _digest(manifest["position"])
+        else:
+            intact = manifest.pop("digest") == _digest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"its manifest cannot be read: {type(error).__name__}") from error
+    if not intact:
+        raise DamagedError("its manifest was changed")
     if manifest["format"] > FORMAT:
         raise NewerFormatError(
-            f"{path}: checkpoint format {manifest['format']} is newer than this Rayograph's; upgrade"
+            f"{file}: checkpoint format {manifest['format']} is newer than this Rayograph's; upgrade"
         )
-    file = path / "state.safetensors"
-    if storage.sha256_file(file) != manifest["sha256"][file.name]:
-        raise ValueError("its sha256 differs from its manifest")
-    position = manifest["position"]
-    if manifest["sha256"].get("position", "") not in ("", _digest(position)):
-        raise ValueError("its position was changed")
-    return State(Position(**position), load_file(file))
+    return manifest
 
 
-def _digest(position: dict[str, int]) -> str:
-    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
+def _loaded(manifest: dict[str, Any], file: Path) -> State:
+    if storage.sha256_file(file) != manifest["sha256"][STATE]:
+        raise DamagedError(f"the sha256 of {STATE} differs from its manifest")
+    return State(Position(**manifest["position"]), load_file(file))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Saver:
+    """Writes one checkpoint at a time in a thread of its own, so that training goes on meanwhile.
+
+    before: called in that thread with the step, ahead of publishing: what must be durable before the checkpoint is.
+    """
+
+    def __init__(self, folder: Path | str, keep: int, before: Callable[[int], None]) -> None:
+        self._folder, self._keep, self._before = folder, keep, before
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.seconds = 0.0
+        """What the last one took, from the copy to its publication."""
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def save(self, position: Position, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """The state as it is now will be in `folder`; waits for the one before, if that is still being written."""
+        self.wait()
+        state = State(position, collect(module, optimizer))
+        self._thread = threading.Thread(target=self._write, args=(state,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises:
+            RayographError: why the last checkpoint could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, state: State) -> None:
+        began = time.monotonic()
+        try:
+            if sys.platform == "linux":  # there it is the thread's own: behind those that train
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            self._before(state.position.step)
+            save(self._folder, state, self._keep)
+        except BaseException as error:  # handed to the trainer's thread, which raises it
+            self._error = error
+        self.seconds = time.monotonic() - began

@@ -73,7 +73,7 @@ class PretrainConfig(Config):
     batch_size: int = 64
     "Global batch size, whatever the number of workers."
     workers: str = "auto"
-    "Training processes; auto is one per GPU of the cluster, else one per core, at most 2."
+    "Training processes, N or MIN:MAX; auto is one per GPU of the cluster, else one per core, at most 2."
     seed: int = 0
     "Decides data order, augmentation, masks and initial weights."
     image_size: str = "auto"
@@ -104,6 +104,16 @@ class PretrainConfig(Config):
     "Seconds between checkpoints."
     keep: int = 2
     "Checkpoints kept."
+    watchdog_s: float = 120.0
+    "Seconds without a step after which a worker that hangs is replaced."
+    probe: bool = True
+    "Now and then judge the encoder on labelled images while it trains, beside the training."
+    read_on: str | None = None
+    "A custom resource of the cluster's nodes that can read --data; default any node with a CPU."
+    train_on: str | None = None
+    "A custom resource of the cluster's nodes that may train."
+    receipt: str | None = None
+    "A folder of the training hosts in which each worker notes which images its losses were computed on."
     device: Device = "auto"
     "Where training runs."
     overwrite: bool = False
@@ -117,6 +127,7 @@ class PretrainConfig(Config):
         self._require("warmup", 0 <= self.warmup < 1, "must lie between 0 and 1")
         self._require("keep", self.keep >= 1, "must be at least 1")
         self._require("lr", self.lr > 0, "must be positive")
+        self._require("watchdog_s", self.watchdog_s > 0, "must be positive")
 
 
 @Parameter(name="*")

@@ -79,6 +79,27 @@ def count_workers(workers: str, found: Resources | None, device: str) -> int:
     return count
 
 
+def workers_between(workers: str, found: Resources | None, device: str) -> tuple[int, int]:
+    """The least and the most workers that `--workers N` or `MIN:MAX` means here.
+
+    More than there is room for now may join a cluster later, but not a local session.
+
+    Raises:
+        UsageError: neither form.
+        ResourceError: fewer can be had than the least.
+    """
+    low, sign, high = workers.partition(":")
+    if not sign:
+        count = count_workers(workers, found, device)
+        return count, count
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise UsageError(f"--workers {workers}: give MIN:MAX, two numbers from 1 on, the smaller one first")
+    least, most = count_workers(low, found, device), int(high)
+    if found is None or found.local:
+        most = max(least, min(most, cores() if device != "cuda" else max(1, found.gpus if found else 1)))
+    return least, most
+
+
 def require_room(found: Resources, workers: int, device: str) -> None:
     """There is a CPU for each worker (those with a GPU take none) and one for reading: else Ray Data waits forever.
 

@@ -57,6 +57,41 @@ class Source:
     where: tuple[str, ...]
     labelled: bool
     plan: Plan
+    row_bytes: int
+    """Bytes of one decoded image."""
+    read_on: str | None = None
+    """A custom resource of the nodes that can read `data`."""
+
+    def task(self) -> dict[str, Any]:
+        """Ray's arguments for a task that reads."""
+        return {"num_cpus": 1} | ({"resources": {self.read_on: 0.001}} if self.read_on else {})
+
+
+def source_of(
+    dataset: Dataset,
+    plan: Plan,
+    where: tuple[str, ...] = (),
+    *,
+    labelled: bool = False,
+    read_on: str | None = None,
+) -> Source:
+    path = dataset.image_path
+    return Source(dataset.uri, where, labelled, plan, path.height * path.width * dataset.channels, read_on)
+
+
+def image_ids(source: Source, rows: list[int]) -> list[str]:
+    """Ids of rows of the selection, looked up where the data can be read."""
+    import ray
+
+    if not rows:
+        return []
+    task: Any = ray.remote(**source.task())(_image_ids)
+    return list(ray.get(task.remote(source, rows)))
+
+
+def _image_ids(source: Source, rows: list[int]) -> list[str]:
+    _, selection = _opened(source)
+    return [str(v) for v in selection.take(rows).column("image_id")]
 
 
 @functools.lru_cache(maxsize=4)
@@ -123,10 +158,7 @@ class Feed:
     ) -> None:
         self.source, self.rank, self.world = source, rank, world
         self.start, self.epochs, self.tasks = start, epochs, tasks
-        dataset, _ = _opened(source)
-        path = dataset.image_path
-        self._row_bytes = path.height * path.width * dataset.channels
-        self._buffer = _Buffer(max(1, BURST_BYTES // self._row_bytes // 2))
+        self._buffer = _Buffer(max(1, BURST_BYTES // source.row_bytes // 2))
 
     def __iter__(self) -> Iterator[Batch]:
         thread = threading.Thread(target=self._stream, name="feed", daemon=True)
@@ -149,7 +181,7 @@ class Feed:
             epoch = self.source.plan.epoch(number)
             for item in epoch.items_of(self.rank, self.world, first):
                 burst.append((item, first))
-                size += int(epoch.owned(item, self.rank, self.world, first).sum()) * self._row_bytes
+                size += int(epoch.owned(item, self.rank, self.world, first).sum()) * self.source.row_bytes
                 if size >= BURST_BYTES:
                     yield tuple(burst)
                     burst, size = [], 0
@@ -178,8 +210,8 @@ class Feed:
                 ReadItems(self.source, burst, self.rank, self.world),
                 batch_size=None,
                 batch_format="numpy",
-                num_cpus=1,
                 concurrency=self.tasks,
+                **self.source.task(),
             )
         yield from data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
 

@@ -1,80 +1,224 @@
-"""Ray Train around the worker loop: starts it, follows its metrics, passes on stop requests, explains its failures."""
+"""Ray Train around the worker loop: starts it, follows its desk, passes on stop requests, replaces what hangs, takes up
+new hosts, and explains failures. The driver's process stays the same whatever happens to the ranks.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import shutil
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import errors, storage
+from cluster.code import this_code
 from cluster.errors import RayographError, StoppedError
-from cluster.progress import Bar, progress
-from training import checkpoint
-from training.loop import FAILURE, STOP, Job, train
+from cluster.progress import Bar, progress, say
+from training.desk import Desk, Place, born
+from training.line import ROWS
+from training.loop import Job, train
 
-MAX_RESTARTS = 3
+FAILURES = 8
+"""Ends of a group that one of Ray's controllers mends before it gives up; then, if the run got on, a new one starts."""
+IDLE_LAUNCHES = 3
+"""Controllers that may end, one after the other, without one new step."""
+SETTLED_S = 25.0
+"""How long a cluster must have been as it is before more ranks are tried: what Ray Train itself knows of it is up to
+20 s old (the tick of its AutoscalingCoordinator), and a restart before that would bring as many as there were."""
+LOOK_S = 0.5
+GROWTH_S = 5.0
+"""How often it is looked for hosts that could hold more ranks."""
+WATCH_S = 3.0
+"""The least time between two acts of the watchdog."""
+KILL_S = 30.0
 STOP_PATIENCE_S = 7.0
 """How long a stopped run may take to write its checkpoint before it is ended without one."""
+START_PATIENCE_S = 600.0
+"""How long a group may take from its start to its first step, however short the user's patience."""
+DATA_PATIENCE = 10
+"""A rank that waits for data may take this many times longer than one that computes."""
 
 
-def launch(job: Job, workers: int, device: str) -> None:
+@dataclass(frozen=True)
+class Team:
+    """The ranks of a run: between `least` and `most`, each taking these resources of its node."""
+
+    least: int
+    most: int
+    device: str
+    on: str | None = None
+    """A custom resource of the nodes that may train."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.least < self.most
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one rank takes."""
+        own = {"GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
+        return own | ({self.on: 1.0} if self.on else {})
+
+    def room(self, nodes: list[dict[str, float]]) -> int:
+        """Ranks that fit on nodes with these resources, at most `most`."""
+        return min(self.most, sum(int(min(n.get(k, 0.0) // v for k, v in self.bundle.items())) for n in nodes))
+
+
+def launch(job: Job, team: Team, out: Path, before: tuple[int, int], watch: Callable[[Any], None]) -> None:
     """The worker loop has come to its end on every rank, or an error says why not. Ray must be up.
+
+    Args:
+        out: the local folder of the run.
+        before: step and samples of the checkpoint that it starts from.
+        watch: called now and then with the desk, to look at the run from aside; must not block.
 
     Raises:
         StoppedError, KeyboardInterrupt: stopped on request, with a checkpoint where there was time for one.
-        RayographError: what a worker raised on purpose, or why training failed for good.
+        RayographError: what a rank raised on purpose, or why training failed for good.
     """
+    desk = _Handle(out, job.out, before[0])
+    idle = 0
+    total = job.config.epochs * job.source.plan.total
+    try:
+        with _stopping(desk) as stopped, progress("pretrain", total, "images", done=before[1]) as bar:
+            while True:
+                reached = desk.step
+                error = _follow(job, team, out, desk, _Shown(bar, before[1]), stopped, watch)
+                _raise_failure(desk, out, stopped())
+                if error is None:
+                    return
+                idle = 0 if desk.step > reached else idle + 1
+                if idle >= IDLE_LAUNCHES:
+                    raise RayographError(f"training failed: {_cause(error)}; details in {out / 'run.log'}") from error
+                say(f"interrupted at step {desk.step} ({_cause(error)}); training goes on from its last checkpoint")
+    finally:
+        desk.close()
+
+
+class _Handle:
+    """The driver's side of the desk; starts another one if it was lost."""
+
+    def __init__(self, out: Path, uri: str, step: int) -> None:
+        self._out, self._uri = out, uri
+        self.name = f"rayograph-desk-{uuid.uuid4().hex[:12]}"
+        self._number = 0
+        self.step = step
+        self.seen: dict[str, Any] = {}
+        self.actor: Any
+        self._started()
+
+    def _started(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote: Any = ray.remote  # its types do not know the options for threads
+        actor = remote(num_cpus=0, max_concurrency=8, concurrency_groups={ROWS: 1})(Desk)
+        self._number += 1  # the name of one that was lost is free only when Ray has noticed
+        name = f"{self.name}-{self._number:06d}"
+        self.actor = actor.options(name=name, scheduling_strategy=here).remote()
+        ray.get(self.actor.open.remote(str(self._out), self._uri, self.step))
+
+    def look(self) -> dict[str, Any]:
+        """How the run stands. A desk that was lost is replaced: the ranks it had end, and find the new one."""
+        import ray
+
+        try:
+            self.seen = ray.get(self.actor.look.remote(), timeout=60)
+        except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
+            return self.seen  # it is busy, or on a node that is
+        except ray.exceptions.RayActorError:
+            say("the run's desk was lost; another one takes its place")
+            self._started()
+        self.step = max(self.step, self.seen.get("step", 0))
+        return self.seen
+
+    def order(self, name: str) -> None:
+        self.actor.order.remote(name)
+
+    def close(self) -> None:
+        """Its files are whole, and it is gone."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.actor.close.remote(), timeout=60)
+        ray.kill(self.actor)
+
+
+def _follow(
+    job: Job,
+    team: Team,
+    out: Path,
+    desk: _Handle,
+    shown: _Shown,
+    stopped: Callable[[], float],
+    watch: Callable[[Any], None],
+) -> BaseException | None:
+    """One controller of Ray Train, from its start to its end; what it ended with."""
     outcome: list[BaseException | None] = []
+    desk.look()
 
     def fit() -> None:
         try:
-            _trainer(job, workers, device).fit()
+            _trainer(job, team, out, desk.name).fit()
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="train", daemon=True)
     thread.start()
-    total = job.config.epochs * job.source.plan.total
-    done = _samples_before(job)
-    with _stopping(job) as stopped, progress("pretrain", total, "images", done=done) as bar:
-        tail = _Tail(Path(job.out) / "metrics.jsonl", bar, done)
-        while thread.is_alive():
-            thread.join(0.5)
-            tail.read()
-            if stopped() and time.monotonic() - stopped() > STOP_PATIENCE_S:
+    watchdog, growth = _Watchdog(job.config.watchdog_s), _Growth(team)
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        seen = desk.look()
+        shown.show(seen)
+        if stopped():
+            if time.monotonic() - stopped() > STOP_PATIENCE_S:
                 break
-        tail.read()
-    _raise_failure(job, outcome, bool(stopped()))
+            continue
+        watchdog.look(seen)
+        if growth.wanted(seen):
+            desk.order("regroup")
+        watch(desk.actor)
+    shown.show(desk.look())
+    return outcome[0] if outcome else None
 
 
-def _trainer(job: Job, workers: int, device: str) -> Any:
+def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    scaling: Any = ScalingConfig  # mypy sees the one of the first Ray Train
+    # Ray's own state of a run is of no use to ours, which goes on from its own checkpoints: it is kept aside, under
+    # names that are never used again, and thrown away.
+    ours = out / ".ray"
+    shutil.rmtree(ours, ignore_errors=True)
     return TorchTrainer(
         train,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo", timeout_s=300),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"CPU": 1} if device != "cuda" else None
+        train_loop_config={"job": job, "desk": desk, "code": this_code()},
+        torch_config=TorchConfig(backend="nccl" if team.device == "cuda" else "gloo", timeout_s=300),
+        scaling_config=scaling(
+            num_workers=(team.least, team.most) if team.elastic else team.most,
+            use_gpu=team.device == "cuda",
+            resources_per_worker=team.bundle,
+            elastic_resize_monitor_interval_s=10**6,  # `_Growth` does it, for Ray would not ask for a checkpoint first
         ),
         run_config=RunConfig(
-            name=f"rayograph-{uuid.uuid4().hex[:12]}",  # an old name would resume Ray's state of an old run
-            storage_path=str(Path(job.out) / ".ray"),
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=0),  # type: ignore[call-arg]
+            name=f"rayograph-{uuid.uuid4().hex[:12]}",
+            storage_path=str(ours),
+            failure_config=FailureConfig(max_failures=FAILURES, controller_failure_limit=FAILURES),  # type: ignore[call-arg]
         ),
     )
 
 
 @contextlib.contextmanager
-def _stopping(job: Job) -> Iterator[Callable[[], float]]:
+def _stopping(desk: _Handle) -> Iterator[Callable[[], float]]:
     """Ctrl-C and SIGTERM ask the ranks for a checkpoint; yields the time of the request, 0.0 before it."""
     asked = [0.0]
     kind = [0]
@@ -83,7 +227,7 @@ def _stopping(job: Job) -> Iterator[Callable[[], float]]:
         if asked[0] and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
         asked[0], kind[0] = time.monotonic(), number
-        (Path(job.out) / STOP).touch()
+        desk.order("stop")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: asked[0]
@@ -98,50 +242,125 @@ def _stopping(job: Job) -> Iterator[Callable[[], float]]:
         raise KeyboardInterrupt
 
 
-def _samples_before(job: Job) -> int:
-    """Samples consumed before this launch, by the newest checkpoint."""
-    state, _ = checkpoint.newest(job.checkpoints)
-    return state.position.samples if state else 0
+class _Shown:
+    """The progress bar, moved on by what the desk has seen."""
+
+    def __init__(self, bar: Bar, samples: int) -> None:
+        self._bar, self._samples = bar, samples
+
+    def show(self, seen: dict[str, Any]) -> None:
+        if seen and seen["samples"] > self._samples:
+            self._bar.advance(seen["samples"] - self._samples, f"loss {seen['loss']:.4f}")
+            self._samples = seen["samples"]
 
 
-class _Tail:
-    """Follows `metrics.jsonl` for the progress bar."""
+class _Watchdog:
+    """Kills ranks that hang: where one rank is stopped, the others wait for it forever."""
 
-    def __init__(self, path: Path, bar: Bar, done: int) -> None:
-        self.path, self.bar, self.offset, self.samples = path, bar, 0, done
+    def __init__(self, patience_s: float) -> None:
+        self._patience = patience_s
+        self._acted = time.monotonic()
 
-    def read(self) -> None:
-        if not self.path.exists():
+    def look(self, seen: dict[str, Any]) -> None:
+        if not seen or not seen["group"] or time.monotonic() - self._acted < WATCH_S:
             return
-        if self.path.stat().st_size < self.offset:  # cut back by a restart
-            self.offset = 0
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            content = file.read()
-        lines = content[: content.rfind(b"\n") + 1]
-        self.offset += len(lines)
-        rows = [json.loads(line) for line in lines.splitlines()]
-        steps = [row for row in rows if "step" in row]
-        if steps and steps[-1]["samples"] > self.samples:
-            self.bar.advance(steps[-1]["samples"] - self.samples, f"loss {steps[-1]['loss']:.4f}")
-            self.samples = steps[-1]["samples"]
+        suspects = stuck(seen, self._patience)
+        if not suspects:
+            return
+        killed = kill_ranks({rank: seen["pulses"][rank][0] for rank in suspects})
+        if killed:  # else their group has ended, and the next one has not begun
+            ranks = ", ".join(map(str, killed))
+            say(f"no step for {seen['since_step']:.0f} s after step {seen['step']}: rank {ranks} hangs and is replaced")
+        self._acted = time.monotonic()
 
 
-def _raise_failure(job: Job, outcome: list[BaseException | None], stopped: bool) -> None:
+def stuck(seen: dict[str, Any], patience_s: float) -> list[int]:
+    """The ranks to replace: those that fell silent, or all, if each says that it lives and none gets on.
+
+    seen: as of `Desk.look`. Waiting for data is not hanging, until it takes `DATA_PATIENCE` times as long; a
+    group without a step so far has `START_PATIENCE_S`.
+    """
+    patience = max(patience_s, 3 * seen["longest"])
+    if not seen["steps"]:
+        patience = max(patience, START_PATIENCE_S)
+    if seen["since_step"] <= patience:
+        return []
+    silent = [rank for rank, (_, _, _, ago) in seen["pulses"].items() if ago > patience / 2]
+    if silent:
+        return sorted(silent)
+    waits = any(phase == "data" for _, phase, _, _ in seen["pulses"].values())
+    return [] if waits and seen["since_step"] <= DATA_PATIENCE * patience else sorted(seen["pulses"])
+
+
+def kill_ranks(places: dict[int, Place]) -> list[int]:
+    """Kills the process of each rank on its own node; those that were still alive."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
+    killed = []
+    for rank, place in places.items():
+        there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        with contextlib.suppress(ray.exceptions.RayError):  # its node is gone, and the rank with it
+            if ray.get(task.options(scheduling_strategy=there).remote(place), timeout=KILL_S):
+                killed.append(rank)
+    return killed
+
+
+def _kill(place: Place) -> bool:
+    if born(place.pid) != place.born:  # its number may have passed to another process
+        return False
+    try:
+        os.kill(place.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class _Growth:
+    """Tells when the cluster has come to hold more ranks than the group has. Each change of it is tried once."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._looked = self._changed = time.monotonic()
+        self._nodes: tuple[str, ...] = ()
+        self._tried: set[tuple[str, ...]] = set()
+
+    def wanted(self, seen: dict[str, Any]) -> bool:
+        if not self._team.elastic or not seen or not seen["group"] or seen["world"] >= self._team.most:
+            return False
+        if time.monotonic() - self._looked < GROWTH_S:
+            return False
+        self._looked = time.monotonic()
+        import ray
+
+        alive = [n for n in ray.nodes() if n["Alive"]]
+        nodes = tuple(sorted(n["NodeID"] for n in alive))
+        if nodes != self._nodes:
+            self._nodes, self._changed = nodes, time.monotonic()
+        if time.monotonic() - self._changed < SETTLED_S:
+            return False
+        if nodes in self._tried or self._team.room([n["Resources"] for n in alive]) <= seen["world"]:
+            return False
+        self._tried.add(nodes)
+        return True
+
+
+def _raise_failure(desk: _Handle, out: Path, stopped: float) -> None:
+    failure = desk.seen.get("failure")
+    if failure:
+        raise getattr(errors, failure["kind"], RayographError)(failure["message"])
     if stopped:
         raise StoppedError("stopped; the same command again goes on from its last checkpoint")
-    failure = Path(job.out) / FAILURE
-    if failure.exists():
-        values = storage.read_json(failure)
-        raise getattr(errors, values["kind"], RayographError)(values["message"])
-    error = outcome[0] if outcome else None
-    if error is not None:
-        raise RayographError(f"training failed: {_cause(error)}; details in {job.out}/run.log") from error
 
 
 def _cause(error: BaseException) -> str:
     """The innermost message of Ray's nested errors, in one line."""
+    import ray
+
     failures = getattr(error, "worker_failures", None) or {}
     inner = next(iter(failures.values()), error)
+    if isinstance(inner, ray.exceptions.RayActorError):  # its own message is a page on what may kill a process
+        return "one of its processes was killed"
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return lines[-1] if lines else type(inner).__name__
+    return storage.printable(lines[-1][:300]) if lines else type(inner).__name__

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
+import secrets
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import nn
 
 from cluster import storage
+from cluster.code import check_here
 from cluster.errors import DataError, RayographError
 from training import checkpoint
-from training.checkpoint import Position, State
+from training.checkpoint import Position, Saver
 from training.configs import PretrainConfig
 from training.device import threads_for
 from training.encoder import PRESETS, choose_preset, seed_weights
-from training.feed import Batch, Feed, Source
+from training.feed import Batch, Feed, Source, image_ids
+from training.line import Line
 from training.methods import METHODS
+from training.receipt import Recorder
 from training.schedule import parameter_groups, warmup_cosine
 from training.transform import Augmentation, Input, sample_draws, training_view
 from training.weights import Wanted, initial_weights
-
-STOP, FAILURE, WRITER = ".stop", ".failure.json", ".writer"
-"""Files in --out: the driver's request to stop at the next step, a worker's deliberate error, and rank 0's lock."""
-WRITER_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,26 @@ class Job:
 
     config: PretrainConfig
     out: str
+    """Path or URI that every rank can write."""
     source: Source
     wanted: Wanted
     precision: str
     feed_tasks: int
 
     @property
-    def checkpoints(self) -> Path:
-        return Path(self.out) / "checkpoints"
+    def checkpoints(self) -> str:
+        return storage.join(self.out, "checkpoints")
+
+
+@dataclass(frozen=True)
+class After:
+    """What all ranks do after a step."""
+
+    checkpoint: bool = False
+    stop: bool = False
+    regroup: bool = False
+    failed: bool = False
+    """The last checkpoint could not be written."""
 
 
 @dataclass(frozen=True)
@@ -97,59 +107,86 @@ def augmentation(config: PretrainConfig) -> Augmentation:
     return Augmentation(config.min_crop, config.flip)
 
 
+class RegroupError(Exception):
+    """This group has ended, with a checkpoint, to be started again with more ranks."""
+
+
+class EndedError(RayographError):
+    """What all ranks of a group ended with, each by itself: nobody is left waiting for anybody."""
+
+
 def train(values: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`. A deliberate error is written down and not retried."""
+    """Ray Train's `train_loop_per_worker`. A deliberate error is told to the desk, which refuses to start again."""
     job: Job = values["job"]
     import ray.train.torch
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    try:
-        threads = threads_for(context.get_local_world_size())
-        Rank(job, rank, world, ray.train.torch.get_device(), threads).run()
-    except RayographError as error:
-        if rank == 0:
-            storage.write_json(Path(job.out) / FAILURE, {"kind": type(error).__name__, "message": str(error)})
+    with contextlib.closing(Line(values["desk"], rank)) as line:
+        try:
+            check_here(values["code"])
+            threads = threads_for(context.get_local_world_size())
+            Rank(job, rank, world, ray.train.torch.get_device(), threads, line).run()
+        except EndedError as error:
+            if error.__cause__:  # else another rank, or the desk itself, knows why
+                line.fail(error.__cause__)
+        except RayographError as error:
+            line.fail(error)
+            raise  # the others wait for this rank: its end makes theirs
+        except RegroupError:
+            raise
+        except Exception:
+            line.say(
+                f"rank {rank} of {world} ended:\n{traceback.format_exc()}"
+            )  # Ray Train tells the driver only the last
+            raise
 
 
 class Rank:
     """One process of the group, from its newest checkpoint to the last step."""
 
-    def __init__(self, job: Job, rank: int, world: int, device: torch.device, threads: int) -> None:
+    def __init__(self, job: Job, rank: int, world: int, device: torch.device, threads: int, line: Line) -> None:
         torch.set_num_threads(threads)
-        self.job, self.rank, self.world, self.device = job, rank, world, device
-        self.writer = self._only_writer()
+        self.job, self.rank, self.world, self.device, self.line = job, rank, world, device, line
         self.config = job.config
         self.learner = build(job)
         self.module = self.learner.module.to(device)
         groups = parameter_groups(self.module, self.config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.recorder: Recorder | None = None
         self.position = self._resume()
         self.parallel = self._distribute()
         self.plan = job.source.plan
         self.total_steps = self.config.epochs * self.plan.batches
         self.peak_lr = self.config.lr * self.config.batch_size / 256
-        self.saved = time.monotonic()
-
-    def _only_writer(self) -> FileLock:
-        """Rank 0 holds the run's files, and every rank may read its checkpoints.
-
-        Workers outlive a driver that was killed by a moment: the same command again must not write beside them.
-        """
-        lock = FileLock(str(Path(self.job.out) / WRITER))
-        if self.rank == 0:
-            lock.acquire(timeout=WRITER_PATIENCE_S)
-        if self.world > 1:
-            dist.barrier()
-        return lock
+        self.saver = Saver(job.checkpoints, self.config.keep, before=line.flush)
+        self.saved_at, self.saved_step = time.monotonic(), self.position.step
 
     def _resume(self) -> Position:
-        state, complaints = checkpoint.newest(self.job.checkpoints)
+        """Every rank stands where the newest checkpoint that rank 0 found intact says.
+
+        Raises:
+            EndedError: the run is not to go on.
+        """
+        found: list[Any] = [None, None, None, None]
         if self.rank == 0:
+            name, complaints = checkpoint.newest_name(self.job.checkpoints)
             for complaint in complaints:
-                self._log(complaint)
-        if state is None:
+                self.line.say(complaint)
+            step = checkpoint.step_of(name) if name else 0
+            group, refused = self.line.begin(from_step=step, workers=self.world, device=str(self.device))
+            found = [name, group, refused, secrets.token_hex(4)]
+        if self.world > 1:
+            dist.broadcast_object_list(found, src=0)  # not each for itself: one may see a newer one than another
+        name, group, refused, token = found
+        self.line.join(group)
+        if refused:
+            raise EndedError(refused)
+        if self.config.receipt:
+            self.recorder = Recorder(Path(self.config.receipt), token, self.rank)
+        if name is None:
             return Position()
+        state = checkpoint.load(self.job.checkpoints, name)
         checkpoint.restore(self.module, self.optimizer, state.tensors)
         return state.position
 
@@ -163,24 +200,25 @@ class Rank:
             )
 
     def run(self) -> None:
-        with self._released(), _Log(self) if self.rank == 0 else contextlib.nullcontext() as log:
-            for batch in self._batches():
-                row = self.step(batch)
-                if log is not None:
-                    log.write(row)
-                if row["stop"]:
-                    self.save()
-                    return
-                if row["checkpoint"]:
-                    self.save()
-            self.save()
+        """Steps until the last one, or until the driver wants something else.
 
-    @contextlib.contextmanager
-    def _released(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.writer.release()
+        Raises:
+            RegroupError: the driver wants the group started again.
+            EndedError: a step or a checkpoint that starting again would not mend.
+        """
+        with contextlib.closing(self.recorder) if self.recorder else contextlib.nullcontext():
+            for batch in self._batches():
+                row, after = self.step(batch)
+                if self.rank == 0:
+                    self.line.write(row)
+                if after != After():
+                    self._save(after)
+                if after.stop:
+                    return
+                if after.regroup:
+                    raise RegroupError
+                self.line.now("data")
+            self._save(After(stop=True))
 
     def _batches(self) -> Iterator[Batch]:
         feed = Feed(
@@ -194,30 +232,30 @@ class Rank:
         with contextlib.closing(feed):
             yield from feed
 
-    def step(self, batch: Batch) -> dict[str, Any]:
-        """One optimiser step on this rank's part of a global batch.
+    def step(self, batch: Batch) -> tuple[dict[str, Any], After]:
+        """One optimiser step on this rank's part of a global batch: its metrics row, and what is to be done after it.
 
         The loss is the mean over the global batch: a rank's sum, times world / rows, because DDP averages over ranks.
         """
         began = time.monotonic()
+        self.line.now("step", self.position.step + 1)
         lr = self.peak_lr * warmup_cosine(self.position.step, self.total_steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.recorder:
+            self.recorder.add(batch.epoch, batch.number, batch.positions, batch.samples, batch.images)
         losses = self._losses(batch)
         (losses.sum() * (self.world / batch.rows)).backward()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
-        flags = self._agree(float(losses.detach().sum()))
-        loss = flags[0] / batch.rows
+        loss_sum, after = self._agree(float(losses.detach().sum()))
+        loss = loss_sum / batch.rows
         self.position = self._next(batch)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            raise DataError(
-                f"the loss is {loss} at step {self.position.step} (epoch {batch.epoch + 1}, samples from "
-                f"{batch.number * self.config.batch_size}); lower --lr, or --precision fp32, and start again"
-            )
+            raise EndedError("diverged") from self._diverged(batch, losses, loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - began
-        return {
+        row = {
             "step": self.position.step,
             "epoch": batch.epoch + 1,
             "loss": loss,
@@ -226,9 +264,9 @@ class Rank:
             "grad_norm": float(norm),
             "data_wait_s": batch.wait_s,
             "samples": self.position.samples,
-            "checkpoint": flags[1] > 0,
-            "stop": flags[2] > 0,
+            "saving": self.saver.busy,
         }
+        return row, after
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """Loss of each of this rank's samples, float32 [b]; zeros that keep the graph where it has none."""
@@ -250,14 +288,40 @@ class Rank:
             losses: torch.Tensor = self.parallel(views, torch.from_numpy(noise).to(self.device))
         return losses if len(batch.positions) else losses * 0.0
 
-    def _agree(self, loss_sum: float) -> list[float]:
-        """[sum of losses, ranks that want a checkpoint, ranks that were asked to stop] over all ranks."""
-        due = self.rank == 0 and time.monotonic() - self.saved > self.config.checkpoint_s
-        stop = self.rank == 0 and (Path(self.job.out) / STOP).exists()
-        values = torch.tensor([loss_sum, float(due), float(stop)], dtype=torch.float64, device=self._wire())
+    def _agree(self, loss_sum: float) -> tuple[float, After]:
+        """The sum of losses over all ranks, and what rank 0 wants of all of them after this step."""
+        wanted = After()
+        if self.rank == 0:
+            orders = self.line.orders()
+            due = time.monotonic() - self.saved_at > self.config.checkpoint_s and not self.saver.busy
+            wanted = After(due, orders["stop"], orders["regroup"], self.saver.failed)
+        values = torch.tensor([loss_sum, *map(float, astuple(wanted))], dtype=torch.float64, device=self._wire())
         if self.world > 1:
             dist.all_reduce(values)
-        return [float(v) for v in values.tolist()]
+        total, *flags = (float(v) for v in values.tolist())
+        return total, After(*(flag > 0 for flag in flags))
+
+    def _diverged(self, batch: Batch, losses: torch.Tensor, loss: float) -> DataError:
+        """Raised by all ranks, for they agree on the loss; names the samples whose own loss is not finite."""
+        mine = [int(s) for s, bad in zip(batch.samples, ~torch.isfinite(losses.detach()).cpu(), strict=False) if bad]
+        found: list[list[int]] = [mine]
+        if self.world > 1:
+            found = [[] for _ in range(self.world)]
+            dist.all_gather_object(found, mine)
+        rows = sorted({row for part in found for row in part})
+        named = ", ".join(image_ids(self.job.source, rows[:5])) + (
+            f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        )
+        first = batch.number * self.config.batch_size
+        where = (
+            f"of images {named}"
+            if rows
+            else f"somewhere in its gradients (positions {first} to {first + batch.rows - 1})"
+        )
+        return DataError(
+            f"the loss is {loss} at step {self.position.step} of epoch {batch.epoch + 1}: not finite {where}; "
+            "lower --lr, or use --precision fp32, and start again"
+        )
 
     def _wire(self) -> torch.device:
         """Where tensors of the process group live; MPS has neither float64 nor a group."""
@@ -272,63 +336,22 @@ class Rank:
             samples=self.position.samples + batch.rows,
         )
 
-    def save(self) -> None:
-        """Rank 0 has written a checkpoint; the others wait only in the next step's reduction."""
-        if self.rank == 0:
-            tensors = checkpoint.collect(self.module, self.optimizer)
-            checkpoint.save(self.job.checkpoints, State(self.position, tensors), self.config.keep)
-        self.saved = time.monotonic()
+    def _save(self, after: After) -> None:
+        """Rank 0 is writing a checkpoint of this position, or has written it where nothing comes after it.
 
-    def _log(self, text: str) -> None:
-        with (Path(self.job.out) / "run.log").open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-
-class _Log:
-    """`metrics.jsonl` and TensorBoard, cut back to the checkpoint that the run resumes from."""
-
-    def __init__(self, rank: Rank) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = Path(rank.job.out) / "metrics.jsonl"
-        first = rank.position.step
-        _truncate(self.path, first)
-        self.file = self.path.open("a", encoding="utf-8")
-        start = {
-            "event": "start",
-            "from_step": first,
-            "workers": rank.world,
-            "device": str(rank.device),
-            "pid": os.getpid(),
-        }
-        self.file.write(json.dumps(start) + "\n")
-        self.board = SummaryWriter(str(Path(rank.job.out) / "tensorboard"), purge_step=first + 1)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.board.close()
-
-    def write(self, row: dict[str, Any]) -> None:
-        kept = {k: v for k, v in row.items() if k not in {"checkpoint", "stop"}}
-        self.file.write(json.dumps(kept) + "\n")
-        self.file.flush()
-        for name in ("loss", "lr", "images_per_second", "grad_norm"):
-            self.board.add_scalar(name, row[name], row["step"])
-
-
-def _truncate(path: Path, last_step: int) -> None:
-    """Drop the rows of steps after `last_step`, and a last line cut off by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        Raises:
+            EndedError: the last one could not be written.
+        """
+        self.line.now("save")
+        self.saved_at = time.monotonic()
         try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("step", 0) <= last_step:
-            kept.append(line)
-    storage.write_text(path, "".join(line + "\n" for line in kept))
+            if self.rank == 0 and self.position.step > self.saved_step:
+                self.saver.save(self.position, self.module, self.optimizer)
+                self.saved_step = self.position.step
+                self.line.push()
+            if self.rank == 0 and (after.stop or after.regroup or after.failed):
+                self.saver.wait()
+        except RayographError as error:
+            raise EndedError("no checkpoint") from error
+        if after.failed:
+            raise EndedError("rank 0 could not write its checkpoint")

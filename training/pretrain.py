@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -10,25 +11,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster import parts, storage
 from cluster.errors import RayographError, UsageError, nearest
+from cluster.nodes import unseen_by
 from cluster.outdir import OutDir
 from cluster.progress import say
-from cluster.session import cores, in_cluster, session
-from training import checkpoint, figures, keyed
+from cluster.session import Resources, cores, in_cluster, session
+from training import checkpoint, figures, keyed, receipt, speed
 from training.artifact import ModelCard, save_model
 from training.configs import PretrainConfig
 from training.dataset import Dataset, Selection
-from training.device import choose_device, count_workers, device_in, precision_of, require_room
+from training.desk import METRICS, read_metrics
+from training.device import choose_device, device_in, precision_of, require_room, workers_between
 from training.encoder import Architecture, architecture_for
-from training.feed import Source
+from training.feed import source_of
 from training.ingest import resolve_data
-from training.launch import launch
+from training.launch import Team, launch
 from training.lineage import own_images, seen_by
-from training.loop import FAILURE, STOP, Job, Learner, build
+from training.loop import Job, Learner, build
 from training.methods import METHODS
+from training.pretrain_report import Facts, speed_of, write_pretrain_report
+from training.probe import SCALARS
+from training.probing import Probing
+from training.receipt import Verdict
 from training.transform import evaluation_view
 from training.weights import Wanted, located
 
+LAZY = ("checkpoints", "receipt", f"{METRICS}.parts")
+"""What of an --out in an object store is not copied here when it is taken up again."""
 MAX_FEED_TASKS = 8
 """Reading tasks of one rank at the same time."""
 
@@ -44,26 +54,54 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if config.method not in METHODS:
         raise UsageError(f"--method {config.method}: no such method.{nearest(config.method, METHODS)}")
     _refuse_early(config)
-    with config.open_out("pretrain") as out:
+    with config.open_out("pretrain", lazy=LAZY) as out:
         if out.state == "done":
             return out.summary()
-        for name in (STOP, FAILURE):
-            (out.path / name).unlink(missing_ok=True)
         dataset = resolve_data(config.data, out=config.out)
         selection = dataset.select(config.where)
         with session(cpus=1 + 3 * cores(), log=out.log) as found:
             device = device_in(config.device, found)
-            workers = count_workers(config.workers, found, device)
-            require_room(found, workers, device)
+            least, most = workers_between(config.workers, found, device)
+            require_room(found, least, device)
+            _require_shared(out, found)
             # each worker reserves a CPU: without some for its feed, Ray Data would wait forever on a small machine
-            tasks = min(MAX_FEED_TASKS, max(1, (found.cpus - workers) // workers))
-            job = _job(config, out.path, dataset, selection, device, tasks)
+            tasks = min(MAX_FEED_TASKS, max(1, (found.cpus - least) // most))
+            job = _job(config, out.uri, dataset, selection, device, tasks)
             learner = build(job)
-            _announce(job, learner, workers, len(selection))
+            before = _restore(out, job)
+            _announce(job, learner, config.workers if least < most else str(most), len(selection))
             started = time.monotonic()
-            launch(job, workers, device)
+            probing = Probing(job, dataset, selection) if config.probe else None
+            with contextlib.closing(probing) if probing else contextlib.nullcontext():
+                launch(job, Team(least, most, device, config.train_on), out.path, before, probing or (lambda _: None))
             seconds = time.monotonic() - started
-        return _finish(out, job, learner, dataset, selection, workers, seconds)
+        return _finish(out, job, learner, dataset, selection, seconds, probing)
+
+
+def _restore(out: OutDir, job: Job) -> tuple[int, int]:
+    """Step and samples that the run stands at; its metrics so far lie in the local folder."""
+    if not storage.is_local(out.uri):
+        storage.write_text(out.path / METRICS, parts.read(storage.join(out.uri, f"{METRICS}.parts")))
+    state, complaints = checkpoint.newest(job.checkpoints)
+    for complaint in complaints:
+        say(complaint)
+    return (state.position.step, state.position.samples) if state else (0, 0)
+
+
+def _require_shared(out: OutDir, found: Resources) -> None:
+    """Every node of a cluster can write `--out`.
+
+    Raises:
+        UsageError: one of them does not see the folder.
+    """
+    if found.nodes < 2 or not storage.is_local(out.uri):
+        return
+    blind = unseen_by(str(out.path))
+    if blind:
+        raise UsageError(
+            f"--out {out.path}: not seen by {', '.join(blind)}; choose a folder that all hosts share, or an object "
+            "store such as s3://BUCKET/RUN"
+        )
 
 
 def _refuse_early(config: PretrainConfig) -> None:
@@ -77,14 +115,14 @@ def _refuse_early(config: PretrainConfig) -> None:
         return  # its devices are not known yet
     device = choose_device(config.device)
     if device == "cpu":
-        count_workers(config.workers, None, device)
+        workers_between(config.workers, None, device)
     if config.init == "none":
         architecture_for(
             preset=config.preset, model=config.model, image_size=config.image_size, channels=3, device=device
         )
 
 
-def _job(config: PretrainConfig, out: Path, dataset: Dataset, selection: Selection, device: str, tasks: int) -> Job:
+def _job(config: PretrainConfig, out: str, dataset: Dataset, selection: Selection, device: str, tasks: int) -> Job:
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
     wanted = Wanted(
         init=located(config.init),
@@ -99,15 +137,15 @@ def _job(config: PretrainConfig, out: Path, dataset: Dataset, selection: Selecti
     )
     return Job(
         config=config,
-        out=str(out.resolve()),
-        source=Source(str(dataset.path.resolve()), config.where, False, plan),
+        out=out,
+        source=source_of(dataset, plan, config.where, read_on=config.read_on),
         wanted=wanted,
         precision=precision_of(config.precision, device),
         feed_tasks=tasks,
     )
 
 
-def _announce(job: Job, learner: Learner, workers: int, images: int) -> None:
+def _announce(job: Job, learner: Learner, workers: str, images: int) -> None:
     network = Architecture(**learner.architecture)
     source = learner.provenance.get("sha256", "")
     say(
@@ -124,17 +162,22 @@ def _finish(
     learner: Learner,
     dataset: Dataset,
     selection: Selection,
-    workers: int,
     seconds: float,
+    probing: Probing | None,
 ) -> dict[str, Any]:
     state, _ = checkpoint.newest(job.checkpoints)
     if state is None or state.position.epoch < job.config.epochs:
-        raise RayographError(f"training ended before its last epoch; details in {out.log}")
+        raise RayographError(f"training ended before its last epoch; details in {out.name('run.log')}")
     module = learner.module
     module.load_state_dict({k.removeprefix("model."): v for k, v in state.tensors.items() if k.startswith("model.")})
-    rows = _metrics(out.path)
+    encoder: Any = module.encoder
+    rows = read_metrics((out.path / METRICS).read_text(encoding="utf-8"))
     steps = [r for r in rows if "step" in r]
     starts = [r for r in rows if r.get("event") == "start"]
+    if probing:
+        rows.append(probing.last(encoder, learner.input, state.position.step))
+        with (out.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
     card = ModelCard(
         architecture=Architecture(**learner.architecture),
         image_path=dataset.image_path,
@@ -148,40 +191,63 @@ def _finish(
             "config": job.config.identity(),
         },
     )
-    encoder: Any = module.encoder
     save_model(out.path / "model", card, encoder, seen=own_images(selection) | seen_by(job.config.init))
-    _figures(out.path, job, learner, dataset, selection, steps)
-    rate = [r["images_per_second"] for r in steps]
+    flops = speed.flops_per_image(module, (learner.input.channels, learner.input.height, learner.input.width))
+    threads = cores() if job.wanted.device == "cpu" else 1
+    peak = speed.matmul_peak_gflops(threads, device=job.wanted.device, precision=job.precision)
+    _picture(out.path, job, learner, dataset, selection)
+    proof = _proof(job, dataset, selection)
+    facts = Facts(
+        config=job.config,
+        card=card,
+        images=len(selection),
+        workers=starts[-1]["workers"],
+        device=job.wanted.device,
+        precision=job.precision,
+        seconds=seconds,
+        probed=probing.sentence if probing else "",
+        flops_per_image=flops,
+        peak_gflops=peak if starts[-1]["workers"] <= threads else None,  # the peak of this host, no cluster's
+        receipt=proof.sentence if proof else "",
+    )
+    write_pretrain_report(out.path, facts, rows)
+    reached = speed_of(rows, flops, facts.peak_gflops)
     summary = {
         "epochs": job.config.epochs,
         "steps": state.position.step,
         "samples_seen": state.position.samples,
         "final_loss": float(np.mean([r["loss"] for r in steps[-job.source.plan.batches :]])),
-        "images_per_second": float(np.median(rate)),
+        "images_per_second": reached.images_per_second,
         "seconds": seconds,
-        "workers": workers,
+        "workers": starts[-1]["workers"],
         "restarts": len(starts) - 1,
-        "data_wait_share": _wait_share(steps, job),
+        "data_wait_share": reached.wait_share,
+        "matmul_peak_share": reached.peak_share,
     }
+    if proof:
+        summary |= {"receipt": vars(proof)}
+        say(proof.sentence)
+    summary |= {name: rows[-1][name] for name in SCALARS if probing and name in rows[-1]}
     out.finish(summary)
     say(
         f"done: loss {summary['final_loss']:.4f}, {summary['images_per_second']:,.0f} images/s; load it elsewhere with:"
     )
-    say(card.architecture.snippet(str(out.path / "model" / "model.safetensors")))
+    say(card.architecture.snippet(out.name("model", "model.safetensors")))
     return summary
 
 
-def _metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _proof(job: Job, dataset: Dataset, selection: Selection) -> Verdict | None:
+    """What the receipts of the ranks say, where they were kept in a folder that this host sees."""
+    folder = Path(job.config.receipt) if job.config.receipt else None
+    if folder is None or not folder.is_dir():
+        return None
+    notes = receipt.load(sorted(folder.glob("receipt-*.bin")))
+    return receipt.check(notes, job.source.plan, selection, receipt.hashes_of(dataset, selection), job.config.epochs)
 
 
-def _figures(
-    out: Path, job: Job, learner: Learner, dataset: Dataset, selection: Selection, steps: list[dict[str, Any]]
-) -> None:
+def _picture(out: Path, job: Job, learner: Learner, dataset: Dataset, selection: Selection) -> None:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
-    xs = np.asarray([r["step"] for r in steps])
-    figures.curves({"loss": (xs, np.asarray([r["loss"] for r in steps]))}, folder / "loss.png", "step", "loss")
     chosen = np.sort(keyed.generator("pictures", job.config.seed).permutation(len(selection))[:8])
     pixels = dataset.pixels(selection.take(chosen))
     images = evaluation_view(pixels, learner.input)
@@ -190,10 +256,3 @@ def _figures(
     masked, made = module.pictures(images, torch.from_numpy(noise))
     show = learner.input.restore
     figures.reconstructions(show(images), show(masked), show(made), folder / "reconstructions.png")
-
-
-def _wait_share(steps: list[dict[str, Any]], job: Job) -> float:
-    """Share of the training time that rank 0 waited for data."""
-    plan = job.source.plan
-    seconds = sum(plan.batch_rows((r["step"] - 1) % plan.batches) / r["images_per_second"] for r in steps)
-    return float(sum(r["data_wait_s"] for r in steps) / max(1e-9, seconds))

@@ -1,0 +1,144 @@
+"""Pretraining over hosts with networks of their own that come and go, data and results on an object store only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster import storage
+from tests import kills, s3
+from tests.hosts import Host, Hosts, Inside
+from tests.runs import Pretrained, losses_of, pretrain_config
+from training import checkpoint
+from training.configs import PretrainConfig
+from training.desk import METRICS, read_metrics
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+WAIT_S = 400
+EPOCHS = 150
+"""Enough for the run to go on until the host that comes back is taken up."""
+
+
+@pytest.fixture(scope="module")
+def crowd(namespaces: None) -> Iterator[Hosts]:
+    """A head that can read but not train, and two hosts that can train but not read."""
+    with Hosts(3) as three:
+        yield three
+
+
+@pytest.fixture(scope="module")
+def store(crowd: Hosts) -> Iterator[s3.Store]:
+    """An S3 server that every host reaches, and this process."""
+    with s3.running(crowd.address) as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
+        found.bucket = found.make("shared")
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cluster(crowd: Hosts, store: s3.Store, pretrained: Pretrained) -> Hosts:
+    """A Ray cluster of them: only its head sees the local data set."""
+    head, first, second = (crowd[number] for number in range(3))
+    for host in (first, second):
+        host.hide(pretrained.config.data)
+    head.ray_head(cpus=3, resources={"reader": 1}, env=environment(store))
+    join(first, head, store)
+    join(second, head, store)
+    return crowd
+
+
+def join(host: Host, head: Host, store: s3.Store) -> None:
+    host.ray_worker(head, cpus=2, resources={"trainer": 1}, env=environment(store))
+
+
+def environment(store: s3.Store) -> dict[str, str]:
+    return store.environment | {"PYTHONPATH": str(ROOT)}
+
+
+def steps(config: PretrainConfig) -> int:
+    """Steps that are durable."""
+    return max((checkpoint.step_of(name) for name in checkpoint.names(f"{config.out}/checkpoints")), default=0)
+
+
+def until(process: Inside, condition: Callable[[], bool], what: str, log: Path) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert process.poll() is None and time.monotonic() - began < WAIT_S, (
+            f"not so: {what}\n{log.read_text()[-3000:]}"
+        )
+        time.sleep(0.1)
+
+
+def test_a_run_on_two_hosts_loses_one_gets_another_and_ends_as_if_nothing_had_happened(
+    cluster: Hosts, store: s3.Store, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    head, second = cluster[0], cluster[2]
+    data, notes, log = f"{store.bucket}/data", tmp_path / "notes", tmp_path / "said"
+    storage.upload(Path(pretrained.config.data), data)
+    config = pretrain_config(Path(pretrained.config.data), tmp_path / "unused", receipt=str(notes))
+    config = PretrainConfig(**{**vars(config), "data": data, "out": f"{store.bucket}/run", "epochs": EPOCHS})
+    command = [
+        *[sys.executable, "-m", "cluster.cli", "pretrain", data, "--out", config.out, "--model", config.model or ""],
+        *["--image-size", config.image_size, "--epochs", str(config.epochs), "--batch-size", str(config.batch_size)],
+        *["--checkpoint-s", "3", "--workers", "1:2", "--train-on", "trainer", "--read-on", "reader"],
+        *["--receipt", str(notes), "--no-probe"],
+    ]
+    with log.open("w") as sink:
+        known = environment(store) | {"RAY_ADDRESS": head.gcs}
+        process = head.popen(command, cwd=ROOT, env=known, stdout=sink, stderr=sink)
+    until(process, lambda: steps(config) >= 20, "20 steps on two hosts", log)
+    second.kill()
+    reached = steps(config)
+    until(process, lambda: steps(config) >= reached + 20, "20 steps more on one host", log)
+    join(second, head, store)
+    until(process, lambda: _starts(config)[-1:] == [2], "two hosts train again", log)
+    assert process.wait(WAIT_S) == 0, log.read_text()[-3000:]
+    said = log.read_text()
+    assert "Traceback" not in said
+
+    worlds = _starts(config)
+    assert worlds[0] == 2 and 1 in worlds and worlds[-1] == 2, worlds
+    rows = read_metrics(storage.read_bytes(f"{config.out}/{METRICS}").decode())
+    losses: list[float] = [row["loss"] for row in rows if "step" in row]
+    twin = pretrain_config(Path(pretrained.config.data), tmp_path / "twin", epochs=EPOCHS, probe=False)
+    from training.pretrain import pretrain
+
+    pretrain(twin)
+    np.testing.assert_allclose(losses, losses_of(twin.out), rtol=1e-4)
+    local = PretrainConfig(**{**vars(config), "data": pretrained.config.data})
+    kills.as_planned(local, notes)
+    summary = json.loads(storage.read_bytes(f"{config.out}/summary.json"))
+    assert summary["samples_seen"] == EPOCHS * 200 and summary["restarts"] == len(worlds) - 1
+
+
+def _starts(config: PretrainConfig) -> list[int]:
+    """Ranks of each group that was started, of what is durable."""
+    from cluster import parts
+
+    rows = read_metrics(parts.read(f"{config.out}/{METRICS}.parts"))
+    return [row["workers"] for row in rows if row.get("event") == "start"]
+
+
+def test_hosts_that_cannot_open_the_data_set_train_on_what_others_read_for_them(
+    cluster: Hosts, store: s3.Store, pretrained: Pretrained
+) -> None:
+    head, out, epochs = cluster[0], f"{store.bucket}/blind", 3
+    config = pretrained.config
+    command = [
+        *[sys.executable, "-m", "cluster.cli", "pretrain", config.data, "--out", out, "--model", config.model or ""],
+        *["--image-size", config.image_size, "--epochs", str(epochs), "--batch-size", str(config.batch_size)],
+        *["--workers", "2", "--train-on", "trainer", "--read-on", "reader", "--no-probe"],
+    ]
+    done = head.run(command, cwd=ROOT, env=environment(store) | {"RAY_ADDRESS": head.gcs}, timeout_s=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(storage.read_bytes(f"{out}/{METRICS}").decode())
+    assert [row["workers"] for row in rows if row.get("event") == "start"] == [2]
+    assert [row["samples"] for row in rows if "step" in row][-1] == epochs * 200

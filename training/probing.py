@@ -1,0 +1,94 @@
+"""Probes of a run's checkpoints, made beside the training by a Ray task that takes what the ranks leave."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from cluster.progress import say
+from cluster.session import cores
+from training import checkpoint, probe
+from training.dataset import Dataset, Selection
+from training.loop import Job, build
+
+SHARE = 0.05
+"""A probe of T seconds is not followed by another within T / SHARE: what it takes from the ranks on a full machine."""
+NICENESS = 19
+
+
+class Probing:
+    """Called with the run's desk now and then; probes the newest checkpoint when the last probe is long enough ago."""
+
+    def __init__(self, job: Job, dataset: Dataset, selection: Selection) -> None:
+        import ray
+
+        self._job = job
+        self._data = probe.probe_data(dataset, selection, job.config.seed)
+        self.sentence = self._data.sentence
+        self._shared = ray.put(self._data)
+        self._running: Any = None
+        self._probed = ""
+        self._next = time.monotonic()
+        self._began = 0.0
+
+    def __call__(self, desk: Any) -> None:
+        import ray
+
+        if self._running is not None:
+            if not ray.wait([self._running], timeout=0)[0]:
+                return
+            self._ended(desk)
+        if time.monotonic() < self._next:
+            return
+        newest = next(iter(checkpoint.names(self._job.checkpoints)), "")
+        self._next = time.monotonic() + 2  # not every call lists what may be a bucket
+        if newest and newest != self._probed:
+            self._probed, self._began = newest, time.monotonic()
+            task: Any = ray.remote(num_cpus=0, max_retries=0)(probe_checkpoint)
+            self._running = task.remote(self._job, newest, self._shared)
+
+    def close(self) -> None:
+        """No probe is left running."""
+        import ray
+
+        if self._running is not None:
+            ray.cancel(self._running, force=True)
+
+    def last(self, network: Any, wanted: Any, step: int) -> dict[str, Any]:
+        """The row of the finished encoder."""
+        return probe.row_of(step, probe.probe(network, wanted, self._data))
+
+    def _ended(self, desk: Any) -> None:
+        import ray
+
+        reference, self._running = self._running, None
+        self._next = time.monotonic() + (time.monotonic() - self._began) / SHARE
+        try:
+            row = ray.get(reference)
+        except ray.exceptions.RayError:  # killed, or its checkpoint was replaced meanwhile: the next one tells as much
+            return
+        if row is None:
+            return
+        desk.note.remote([row])
+        warning = probe.alarm(row)
+        if warning:
+            say(f"warning: {warning}")
+
+
+def probe_checkpoint(job: Job, name: str, data: probe.ProbeData) -> dict[str, Any] | None:
+    """The row of `metrics.jsonl` for a checkpoint; None where it is gone. Gives way to whatever else runs there."""
+    import torch
+
+    os.nice(NICENESS - os.nice(0))
+    torch.set_num_threads(max(1, cores() // 2))
+    began = time.monotonic()
+    try:
+        state = checkpoint.load(job.checkpoints, name)
+    except checkpoint.DamagedError:  # removed in favour of newer ones while it was read
+        return None
+    learner = build(job)
+    module: Any = learner.module
+    module.load_state_dict({k.removeprefix("model."): v for k, v in state.tensors.items() if k.startswith("model.")})
+    found = probe.probe(module.encoder, learner.input, data)
+    return probe.row_of(state.position.step, found, probe_seconds=time.monotonic() - began)
