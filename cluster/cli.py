@@ -139,7 +139,7 @@ def demo(config: DemoConfig = DemoConfig()) -> object:  # noqa: B008 - frozen
     from cluster.demo import demo as run
     from training.examples import draw_answer, questions
 
-    return run(config, Tools(_write_report, questions, draw_answer))
+    return run(config, Tools(_write_report, questions, draw_answer, _draw_curves))
 
 
 @dataclass(frozen=True)
@@ -366,6 +366,12 @@ def _flush() -> None:
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _draw_curves(curves: dict[str, list[float]], path: Path) -> None:
+    from training import figures
+
+    figures.curves({name: (range(1, len(y) + 1), y) for name, y in curves.items()}, path, "step", "loss")
 
 
 def _write_report(path: Path, title: str, parts: list[Part]) -> None:

@@ -6,11 +6,13 @@ Imports nothing of what it runs; what needs images or reports comes in as `Tools
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,8 +33,12 @@ SEARCH_TRIALS, SEARCH_EPOCHS = 3, 2
 SEARCH_SIZE, IMAGENET_SIZE = "96", "128"
 """The search looks at smaller images, to take minutes; what it found is then fitted at the weights' usual size."""
 FOLDS = 3
+KILL_CHECKPOINT_S = "10"
+"""Short, for a run of a few minutes; the default is a minute."""
 HITS = 5
 WORKERS = 2
+KILL_STEP = 75
+"""Half of the steps of pretraining on the phantoms, of 10 to the epoch."""
 START_S = 180.0
 """How long the service may take to come up."""
 GRACE_S = 30.0
@@ -62,6 +68,8 @@ class Tools:
     """Names and files of pictures to ask about, from a DATASET, written to a folder."""
     draw_answer: Callable[[Path, list[dict[str, Any]], Path], None]
     """Draws a picture with its hits to a path."""
+    draw_curves: Callable[[dict[str, list[float]], Path], None]
+    """Draws lines by name to a path."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class DemoConfig:
     "A labelled SOURCE to use in place of generated phantoms."
     out: str = "demo"
     "Where dataset, runs and report go."
+    kill: bool = False
+    "Also pretrain once more while one of the workers is murdered, and show what that changes."
     overwrite: bool = False
     "Do every step anew."
 
@@ -122,13 +132,14 @@ def demo(config: DemoConfig, tools: Tools) -> dict[str, object]:
         out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     chain = steps(config)
-    for step in chain.values():
+    for name, step in chain.items():
         print(f"$ {step.text}", flush=True)
-        _run(step)
+        _run(step, _murderer(step) if name == "killed" else None)
     summaries = {name: storage.read_json(step.out / "summary.json") for name, step in chain.items()}
     answers = ask(chain, tools.questions(str(chain["dataset"].out), out / "questions"))
     compared = compare(summaries, chain)
-    parts = [*compared[:-1], served_part(answers, out, tools), compared[-1]]  # the figures come last
+    survived = [killed_part(chain, out, tools)] if config.kill else []
+    parts = [*compared[:-1], served_part(answers, out, tools), *survived, compared[-1]]  # the figures come last
     tools.write_report(out / "report.html", "Rayograph demo: from images to endpoints", parts)
     seconds = time.monotonic() - start
     summary = _summary(summaries, answers) | {"seconds": round(seconds, 1)}
@@ -160,8 +171,62 @@ def steps(config: DemoConfig) -> dict[str, Step]:
         "imagenet": ("transfer", str(dataset), *finetune),
         "index": ("index", "build", "--model", str(imagenet), "--data", str(dataset), "--labelled"),
     }
+    if config.kill:
+        killed = ("--epochs", str(PRETRAIN_EPOCHS), "--workers", str(WORKERS), "--receipt", str(out / "receipt"))
+        commands["killed"] = ("pretrain", str(dataset), *killed, "--checkpoint-s", KILL_CHECKPOINT_S, "--no-probe")
     extra = ("--overwrite",) if config.overwrite else ()
     return {name: Step((*words, "--out", str(out / name), *extra), out / name) for name, words in commands.items()}
+
+
+def _murderer(step: Step) -> Callable[[], None]:
+    """To be called while the step runs: when half of it is done, one of its workers is killed, once."""
+    done = threading.Event()
+
+    def look() -> None:
+        rows = _metrics(step.out)
+        losses = [row["step"] for row in rows if "step" in row]
+        starts = [row for row in rows if row.get("event") == "start"]
+        if done.is_set() or not starts or not losses or losses[-1] < KILL_STEP:
+            return
+        done.set()
+        if len(starts) == 1:  # else it was done before this command was given again
+            os.kill(starts[0]["pid"], signal.SIGKILL)
+            print(f"  kill -9 {starts[0]['pid']}: worker 0 of {WORKERS}, after step {losses[-1]}", flush=True)
+
+    return look
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole rows of a run's `metrics.jsonl` so far."""
+    file = run / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def killed_part(chain: dict[str, Step], out: Path, tools: Tools) -> Part:
+    """The report's part on the run whose worker was killed, beside the one that was left alone."""
+    alone, killed = (_metrics(chain[name].out) for name in ("pretrain", "killed"))
+    summary = storage.read_json(chain["killed"].out / "summary.json")
+    curves = {
+        "left alone": [r["loss"] for r in alone if "step" in r],
+        "killed": [r["loss"] for r in killed if "step" in r],
+    }
+    same = curves["left alone"] == curves["killed"]
+    picture = out / "killed.png"
+    tools.draw_curves(curves, picture)
+    starts = [row["from_step"] for row in killed if row.get("event") == "start"]
+    verdict = (
+        f"The losses of all {len(curves['killed'])} steps are equal to the last bit."
+        if same
+        else "The two curves differ, which they should not: please report it."
+    )
+    told = (
+        f"The same pretraining was run again, and in its middle one of its {WORKERS} workers was killed (kill -9). It "
+        f"went on by itself from its checkpoint of step {starts[-1]}. {verdict}",
+        summary["receipt"]["sentence"],
+    )
+    print(f"\n{verdict} {summary['receipt']['sentence']}")
+    return Part("A worker was killed", told, figures=((picture, "Loss by step: both runs, one line."),))
 
 
 def serve_command(chain: dict[str, Step], *extra: str) -> tuple[str, ...]:
@@ -334,10 +399,13 @@ def _summary(summaries: dict[str, Any], answers: list[Answer]) -> dict[str, obje
     return {"metrics": metrics, "images": summaries["dataset"].get("images"), "asked": asked}
 
 
-def _run(step: Step) -> None:
+def _run(step: Step, meanwhile: Callable[[], None] | None = None) -> None:
     """The step's command ran to its end. A signal to this process is passed on and waited for, never outrun."""
     process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *step.arguments])
     try:
+        while meanwhile and process.poll() is None:
+            meanwhile()
+            time.sleep(0.1)
         code = process.wait()
     except BaseException as error:
         _stop(process, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)

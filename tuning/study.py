@@ -62,7 +62,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
             search.run(device, count_workers(config.workers, found, device))
         summary = search.summary() | {"seconds": time.monotonic() - started}
         out.finish(summary)
-        say(f"{verdict(search.best, search.judged)}\nsettings in {out.path / 'best.yaml'}, report in report.html there")
+        say(f"{verdict(search.best, search.judged)}\nsettings in {out.name('best.yaml')}, report in report.html there")
         return summary
 
 

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
+from cluster import storage
 from cluster.errors import DataError, RayographError, UsageError
 from serving import snapshot as snapshots
 from tests.runs import ROOT
+from tests.s3 import Store
 
 MODEL = {"name": "run", "path": "/gone", "sha256": "ab" * 32}
 MANIFEST: dict[str, Any] = {"model": MODEL, "kind": "flat", "vectors": 6}
@@ -202,3 +204,31 @@ def test_a_full_disk_leaves_the_old_snapshot(index: Path, tmp_path: Path, monkey
     with pytest.raises(RayographError, match="the disk is full"):
         snapshots.publish(index, write_files(tmp_path / "two", seed=1), MANIFEST)
     assert snapshots.current(index).name == "000001"
+
+
+def test_an_index_on_an_object_store_is_fetched_once_and_checked(index: Path, s3: Store) -> None:
+    uri = f"{s3.bucket}/index"
+    storage.upload(index, uri)
+    first = snapshots.current(uri)
+    assert first.name == "000001"
+    assert np.array_equal(first.vectors, snapshots.current(index).vectors)
+    s3.seen.clear()
+    assert snapshots.current(uri).folder == first.folder
+    assert not [path for _, path, _ in s3.seen if path.endswith(snapshots.VECTORS)]
+
+
+def test_a_remote_index_that_was_changed_is_refused_until_it_is_mended(index: Path, s3: Store) -> None:
+    uri = f"{s3.bucket}/index"
+    storage.upload(index, uri)
+    rows = f"{uri}/snapshots/000001/{snapshots.ROWS}"
+    content = storage.read_bytes(rows)
+    storage.write_bytes(rows, content[:-1] + b"x")
+    with pytest.raises(DataError, match="missing or changed since the index was built"):
+        snapshots.current(uri)
+    storage.write_bytes(rows, content)
+    assert snapshots.current(uri).rows.num_rows == 6
+
+
+def test_what_is_no_index_in_a_store_is_refused(s3: Store) -> None:
+    with pytest.raises(UsageError, match="not an INDEX"):
+        snapshots.current(f"{s3.bucket}/none")
