@@ -39,6 +39,7 @@ from training.weights import Wanted, located
 
 LAZY = ("checkpoints", "receipt", f"{METRICS}.parts")
 """What of an --out in an object store is not copied here when it is taken up again."""
+WEIGHTS = "model.safetensors"
 MAX_FEED_TASKS = 8
 """Reading tasks of one rank at the same time."""
 
@@ -232,7 +233,11 @@ def _finish(
     say(
         f"done: loss {summary['final_loss']:.4f}, {summary['images_per_second']:,.0f} images/s; load it elsewhere with:"
     )
-    say(card.architecture.snippet(out.name("model", "model.safetensors")))
+    say(
+        card.architecture.snippet(
+            str(out.path / "model" / "model.safetensors") if storage.is_local(out.uri) else WEIGHTS
+        )
+    )
     return summary
 
 
