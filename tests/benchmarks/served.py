@@ -166,7 +166,8 @@ def _compare(
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in ("ours", *peers):
         with server(name, run) as url:
-            found[name] = {count: load(url, picture, count) for count in clients}
+            flags = ("--json",) if name == "litserve" else ()
+            found[name] = {count: load(url, picture, count, SECONDS, *flags) for count in clients}
         print(f"  {model} {size} {name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
     what, ours = f"serve {model}, {size} JPEG", found["ours"]
     rows: list[Row] = [
