@@ -1,7 +1,8 @@
 """A closed-loop HTTP client that costs little: `python -m tests.benchmarks.load URL FILE CLIENTS SECONDS`, JSON out.
 
 Each client keeps one connection and sends the next request when the answer is there. Every body differs (bytes after
-the image's end), so that no cache answers. With --json they are base64 in JSON. With --retry a failed request is sent again, with back-off, for 15 s.
+the image's end), so that no cache answers. With --json they are base64 in JSON. With --retry a failed request is sent
+again, with back-off, for 15 s.
 """
 
 from __future__ import annotations
