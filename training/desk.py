@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from cluster import storage
 from cluster.errors import RayographError
@@ -93,22 +93,23 @@ class Desk:
         self._file: Any = None
         self._board: Any = None
 
-    def open(self, scratch: str, uri: str, highest: int) -> None:
-        """It holds the run, nobody else writes its metrics.
+    def open(self, scratch: str, uri: str, highest: int) -> bool:
+        """Whether it holds the run now; False where another desk still does, of a driver that was killed perhaps.
 
         Args:
             scratch: the local folder of the run.
             uri: where it is published; the same where that is local.
             highest: the step that it stands at.
-
-        Raises:
-            filelock.Timeout: another desk still holds it.
         """
         self._path = Path(scratch)
         self._writer = FileLock(str(self._path / WRITER), thread_local=False)
-        self._writer.acquire(timeout=WRITER_PATIENCE_S)
+        try:
+            self._writer.acquire(timeout=WRITER_PATIENCE_S)
+        except Timeout:
+            return False
         self._parts = None if storage.is_local(uri) else Parts(uri, METRICS)
         self._highest = highest
+        return True
 
     # Called by ranks
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster import errors, storage
 from cluster.code import this_code
-from cluster.errors import RayographError, StoppedError
+from cluster.errors import LockedError, RayographError, StoppedError
 from cluster.progress import Bar, progress, say
 from training.desk import Desk, Place, born
 from training.line import ROWS
@@ -90,7 +90,7 @@ def launch(job: Job, team: Team, out: Path, before: tuple[int, int], watch: Call
             while True:
                 reached = desk.step
                 error = _follow(job, team, out, desk, _Shown(bar, before[1]), stopped, watch)
-                _raise_failure(desk, out, stopped())
+                _raise_failure(desk, stopped())
                 if error is None:
                     return
                 idle = 0 if desk.step > reached else idle + 1
@@ -123,7 +123,8 @@ class _Handle:
         self._number += 1  # the name of one that was lost is free only when Ray has noticed
         name = f"{self.name}-{self._number:06d}"
         self.actor = actor.options(name=name, scheduling_strategy=here).remote()
-        ray.get(self.actor.open.remote(str(self._out), self._uri, self.step))
+        if not ray.get(self.actor.open.remote(str(self._out), self._uri, self.step)):
+            raise LockedError(f"{self._out}: workers of an earlier run still write it; try again in a minute")
 
     def look(self) -> dict[str, Any]:
         """How the run stands. A desk that was lost is replaced: the ranks it had end, and find the new one."""
@@ -346,7 +347,7 @@ class _Growth:
         return True
 
 
-def _raise_failure(desk: _Handle, out: Path, stopped: float) -> None:
+def _raise_failure(desk: _Handle, stopped: float) -> None:
     failure = desk.seen.get("failure")
     if failure:
         raise getattr(errors, failure["kind"], RayographError)(failure["message"])
