@@ -174,7 +174,7 @@ def _follow(
 
     thread = threading.Thread(target=fit, name="train", daemon=True)
     thread.start()
-    watchdog, growth = _Watchdog(job.config.watchdog_s), _Growth(team)
+    watchdog, growth, draining = _Watchdog(job.config.watchdog_s), _Growth(team), _Draining()
     while thread.is_alive():
         thread.join(LOOK_S)
         seen = desk.look()
@@ -184,7 +184,7 @@ def _follow(
                 break
             continue
         watchdog.look(seen)
-        if growth.wanted(seen):
+        if growth.wanted(seen) or draining.found(seen):
             desk.order("regroup")
         watch(desk.actor)
     shown.show(desk.look())
@@ -345,6 +345,27 @@ class _Growth:
             return False
         self._tried.add(nodes)
         return True
+
+
+class _Draining:
+    """Tells, once for each, when a host that trains is about to be taken away: then a checkpoint comes first."""
+
+    def __init__(self) -> None:
+        self._looked = time.monotonic()
+        self._known: set[str] = set()
+
+    def found(self, seen: dict[str, Any]) -> bool:
+        if not seen or time.monotonic() - self._looked < GROWTH_S:
+            return False
+        self._looked = time.monotonic()
+        from ray._private.state import state  # Ray Train's own watcher asks the same; no public call tells it
+
+        going = set(state.get_draining_nodes()) & {place.node for place, _, _, _ in seen["pulses"].values()}
+        new = going - self._known
+        if new:
+            say("a host is about to be taken away: a checkpoint first, then training goes on without it")
+        self._known |= new
+        return bool(new)
 
 
 def _raise_failure(desk: _Handle, stopped: float) -> None:

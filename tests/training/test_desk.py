@@ -258,6 +258,24 @@ def test_rows_survive_a_line_that_is_no_json() -> None:
     assert [r["step"] for r in read_metrics(f"{good}\nnonsense\n{json.dumps(row(2))}\n")] == [1, 2]
 
 
+def test_a_host_that_is_about_to_go_is_noticed_once_and_only_where_a_rank_is_on_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private.state import state
+
+    nodes: dict[str, int] = {}
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: nodes)
+    monkeypatch.setattr(launch, "GROWTH_S", 0.0)
+    draining, now = launch._Draining(), seen(("step", 0.1), since_step=0.1)
+    assert not draining.found(now)
+    nodes["another"] = 0
+    assert not draining.found(now)
+    nodes["node"] = 0
+    assert draining.found(now)
+    assert "about to be taken away" in capsys.readouterr().err
+    assert not draining.found(now)
+
+
 def test_the_growth_of_a_cluster_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
