@@ -22,7 +22,7 @@ from training.desk import METRICS, read_metrics
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 WAIT_S = 400
-EPOCHS = 60
+EPOCHS = 40
 READ_S = 0.8
 """What the store takes for each row group: so the run still goes on when a host comes back, on a fast machine, too."""
 

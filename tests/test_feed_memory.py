@@ -79,7 +79,7 @@ def read_all(dataset: Dataset) -> dict[str, float]:
         [sys.executable, "-c", ROUND, dataset.uri, str(STORE_BYTES)],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=300,
         check=False,
         cwd=Path(__file__).parents[1],
         env={k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}},

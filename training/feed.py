@@ -261,14 +261,17 @@ class _Buffer:
         self._low = low
         self._blocks: deque[dict[str, np.ndarray]] = deque()
         self._rows = 0
-        self._ended = self._closed = False
+        self._ended = self._closed = self._starving = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
     def wait_until_low(self) -> bool:
-        """Returns when at most `low` rows are left unused; False if the buffer was closed."""
+        """Returns when at most `low` rows are left unused, or what is here is not enough; False if it was closed.
+
+        A global batch takes rows of every lane, and with large images a burst does not reach all of them.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._rows <= self._low)
+            self._changed.wait_for(lambda: self._closed or self._rows <= self._low or self._starving)
             return not self._closed
 
     def put(self, block: dict[str, np.ndarray]) -> None:
@@ -285,7 +288,10 @@ class _Buffer:
     def take(self) -> dict[str, np.ndarray] | None:
         """The next block, or None after the last; raises what the pipeline raised."""
         with self._changed:
+            self._starving = not self._blocks
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._blocks or self._ended or self._closed)
+            self._starving = False
             if self._blocks:
                 return self._blocks.popleft()
             if self._error is not None:
