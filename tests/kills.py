@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.runs import Process, losses_of, steps_of, wait_until
+from tests.runs import Process, losses_of, rows_of, steps_of, wait_until
 from training import receipt
 from training.configs import PretrainConfig
 from training.dataset import Dataset
@@ -64,6 +64,10 @@ class Killer:
     def step(self) -> int:
         return max((row["step"] for row in steps_of(self.config.out)), default=0)
 
+    @property
+    def starts(self) -> int:
+        return sum(row.get("event") == "start" for row in rows_of(self.config.out))
+
     def kill(
         self,
         what: str,
@@ -73,15 +77,21 @@ class Killer:
         when: Callable[[], bool] = lambda: True,
         how: signal.Signals = signal.SIGKILL,
     ) -> Kill:
-        """One process of that title is killed at the first moment at which `when` holds."""
+        """One process of that title is killed at the first moment at which `when` holds.
+
+        It has been got over when the ranks were started again, which a lost reading task does not need, and have done
+        a step that had not been done before: rows on their way at the kill are no such step.
+        """
         wait_until(lambda: len(processes(self.process, title)) > which, NEXT_STEP_S, f"{title} {which} is there")
         victim = processes(self.process, title)[which]
         _soon(when, f"{what}: its moment has come")
-        reached, began = self.step, time.monotonic()
+        starts, reached, began = self.starts, self.step, time.monotonic()
         try:
             os.kill(victim, how)
         except ProcessLookupError:  # it was a task, and has ended
             return self.kill(what, title, which=0, when=when, how=how)
+        if title != READER:
+            self.process.until(lambda: self.starts > starts, f"another start after {what}")
         self.process.until(lambda: self.step > reached, f"a step beyond {reached} after {what}")
         self.kills.append(Kill(what, reached, time.monotonic() - began))
         return self.kills[-1]
