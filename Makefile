@@ -17,7 +17,7 @@ help:
 	@echo "make format   put the code into the form that check wants"
 	@echo "make bench    ratios against peers, side by side"
 	@echo "make results  every figure of README, resumable"
-	@echo "make chaos    long kill tests"
+	@echo "make chaos    a hundred kills, and what else takes many minutes"
 
 venv: $(STAMP)
 

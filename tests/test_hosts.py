@@ -17,7 +17,7 @@ import pytest
 from tests.hosts import Host, Hosts
 from tests.runs import ROOT, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("namespaces")]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.usefixtures("namespaces")]
 
 ADDRESSES = """
 import json, socket, sys, ray

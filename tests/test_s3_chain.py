@@ -19,7 +19,7 @@ from training.inference import predict
 from training.transfer import transfer
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
 
 def ran(*arguments: str) -> str:

@@ -141,6 +141,7 @@ def test_doctor_says_whether_the_cluster_has_our_code(hosts: Hosts, tmp_path: Pa
     assert said.startswith(f"fail  cluster: nodes {hosts[0].address}, {hosts[1].address}: another rayograph")
 
 
+@pytest.mark.chaos
 def test_a_job_brings_its_working_directory_to_all_hosts(namespaces: None, tmp_path: Path) -> None:
     (tmp_path / "cluster.py").write_text("x = 'without the job, nothing here runs'\n")
     out, nothing = tmp_path / "dataset", {"PYTHONPATH": str(tmp_path)}
