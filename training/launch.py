@@ -236,6 +236,10 @@ def _stopping(desk: _Handle) -> Iterator[Callable[[], float]]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked[0]
+    except StoppedError:
+        if kind[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -373,7 +377,7 @@ def _raise_failure(desk: _Handle, stopped: float) -> None:
     if failure:
         raise getattr(errors, failure["kind"], RayographError)(failure["message"])
     if stopped:
-        raise StoppedError("stopped; the same command again goes on from its last checkpoint")
+        raise StoppedError("stopped")
 
 
 def _cause(error: BaseException) -> str:
