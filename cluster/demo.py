@@ -24,7 +24,7 @@ from typing import Any
 from cyclopts import Parameter
 
 from cluster import storage
-from cluster.errors import RayographError
+from cluster.errors import RayographError, UsageError
 
 PHANTOMS = 600
 PRETRAIN_EPOCHS = 15
@@ -37,8 +37,6 @@ KILL_CHECKPOINT_S = "10"
 """Short, for a run of a few minutes; the default is a minute."""
 HITS = 5
 WORKERS = 2
-KILL_STEP = 75
-"""Half of the steps of pretraining on the phantoms, of 10 to the epoch."""
 START_S = 180.0
 """How long the service may take to come up."""
 GRACE_S = 30.0
@@ -125,8 +123,11 @@ def demo(config: DemoConfig, tools: Tools) -> dict[str, object]:
     """`report.html` and `summary.json` stand in `--out`, computed by the steps; finished steps are not run again.
 
     Raises:
+        UsageError: `kill` on a cluster.
         RayographError: a step failed; it has said why, and the error carries its exit code.
     """
+    if config.kill and "RAY_ADDRESS" in os.environ:
+        raise UsageError("--kill: kills a process of this machine, and RAY_ADDRESS names a cluster; unset it")
     out = storage.local_path(config.out)
     with storage.explained(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def demo(config: DemoConfig, tools: Tools) -> dict[str, object]:
     chain = steps(config)
     for name, step in chain.items():
         print(f"$ {step.text}", flush=True)
-        _run(step, _murderer(step) if name == "killed" else None)
+        _run(step, _murderer(step, _steps_of(chain["pretrain"]) // 2) if name == "killed" else None)
     summaries = {name: storage.read_json(step.out / "summary.json") for name, step in chain.items()}
     answers = ask(chain, tools.questions(str(chain["dataset"].out), out / "questions"))
     compared = compare(summaries, chain)
@@ -178,15 +179,19 @@ def steps(config: DemoConfig) -> dict[str, Step]:
     return {name: Step((*words, "--out", str(out / name), *extra), out / name) for name, words in commands.items()}
 
 
-def _murderer(step: Step) -> Callable[[], None]:
-    """To be called while the step runs: when half of it is done, one of its workers is killed, once."""
+def _steps_of(pretrained: Step) -> int:
+    return int(storage.read_json(pretrained.out / "summary.json")["steps"])
+
+
+def _murderer(step: Step, after: int) -> Callable[[], None]:
+    """To be called while a pretraining runs: `after` that many steps one of its workers is killed, once."""
     done = threading.Event()
 
     def look() -> None:
         rows = _metrics(step.out)
         losses = [row["step"] for row in rows if "step" in row]
         starts = [row for row in rows if row.get("event") == "start"]
-        if done.is_set() or not starts or not losses or losses[-1] < KILL_STEP:
+        if done.is_set() or not starts or not losses or losses[-1] < after:
             return
         done.set()
         if len(starts) == 1:  # else it was done before this command was given again
@@ -220,11 +225,13 @@ def killed_part(chain: dict[str, Step], out: Path, tools: Tools) -> Part:
         if same
         else "The two curves differ, which they should not: please report it."
     )
-    told = (
-        f"The same pretraining was run again, and in its middle one of its {WORKERS} workers was killed (kill -9). It "
-        f"went on by itself from its checkpoint of step {starts[-1]}. {verdict}",
-        summary["receipt"]["sentence"],
+    happened = (
+        f"in its middle one of its {WORKERS} workers was killed (kill -9). It went on by itself from its checkpoint of "
+        f"step {starts[-1]}"
+        if len(starts) > 1
+        else "it was at its end before one of its workers could be killed"
     )
+    told = (f"The same pretraining was run again, and {happened}. {verdict}", summary["receipt"]["sentence"])
     print(f"\n{verdict} {summary['receipt']['sentence']}")
     return Part("A worker was killed", told, figures=((picture, "Loss by step: both runs, one line."),))
 

@@ -1,4 +1,4 @@
-"""What the kill tests share: finding the processes of a run, killing them at chosen moments, and the three oracles."""
+"""What the kill tests share: finding the processes of a run, killing them at chosen moments, and the oracles."""
 
 from __future__ import annotations
 

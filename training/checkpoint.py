@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,18 +86,15 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[s
             optimizer.state[target][key] = on.clone()
 
 
-def save(folder: Path | str, state: State, keep: int, scratch: Path | None = None) -> str:
+def save(folder: Path | str, state: State, keep: int) -> str:
     """`folder` (a path or URI) holds the state as `step-N-TOKEN`, whole; older ones beyond `keep` are gone.
-
-    Args:
-        scratch: a local folder to write in before publishing; default beside the target.
 
     Raises:
         RayographError: it could not be written; what was there before is untouched.
     """
     name = f"step-{state.position.step:09d}-{secrets.token_hex(4)}"
     local = storage.is_local(folder)
-    beside = storage.local_path(folder) if local else (scratch or Path(tempfile.gettempdir()))
+    beside = storage.local_path(folder) if local else Path(tempfile.gettempdir())
     partial = beside / f".{name}.partial"
     with storage.explained(partial):
         if local:
@@ -153,22 +149,19 @@ def step_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def newest(folder: Path | str, repair: bool = False) -> tuple[State | None, list[str]]:
+def newest(folder: Path | str) -> tuple[State | None, list[str]]:
     """(the newest intact state, complaints about newer ones that are not).
-
-    Args:
-        repair: also remove the damaged ones, which would count as the newest ones kept.
 
     Raises:
         NewerFormatError: the newest is whole, and of a later Rayograph: falling back would lose work.
         RayographError: the storage cannot be read now; falling back would lose work here, too.
     """
-    _, state, complaints = _newest(folder, repair)
+    _, state, complaints = _newest(folder, repair=False)
     return state, complaints
 
 
 def newest_name(folder: Path | str) -> tuple[str | None, list[str]]:
-    """(the name of the newest intact one, complaints); damaged newer ones are removed."""
+    """(the name of the newest intact one, complaints); damaged newer ones, which would count as kept, are removed."""
     name, _, complaints = _newest(folder, repair=True)
     return name, complaints
 
@@ -244,8 +237,6 @@ class Saver:
         self._folder, self._keep, self._before = folder, keep, before
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.seconds = 0.0
-        """What the last one took, from the copy to its publication."""
 
     @property
     def busy(self) -> bool:
@@ -274,7 +265,6 @@ class Saver:
             raise self._error
 
     def _write(self, state: State) -> None:
-        began = time.monotonic()
         try:
             if sys.platform == "linux":  # there it is the thread's own: behind those that train
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -282,4 +272,3 @@ class Saver:
             save(self._folder, state, self._keep)
         except BaseException as error:  # handed to the trainer's thread, which raises it
             self._error = error
-        self.seconds = time.monotonic() - began

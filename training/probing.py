@@ -45,7 +45,8 @@ class Probing:
         self._next = time.monotonic() + 2  # not every call lists what may be a bucket
         if newest and newest != self._probed:
             self._probed, self._began = newest, time.monotonic()
-            task: Any = ray.remote(num_cpus=0, max_retries=0)(probe_checkpoint)
+            # its process is made nice, and must not go on to read for the ranks: hence one call each
+            task: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(probe_checkpoint)
             self._running = task.remote(self._job, newest, self._shared)
 
     def close(self) -> None:

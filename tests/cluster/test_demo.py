@@ -15,7 +15,7 @@ import pytest
 
 from cluster import cli, demo
 from cluster.demo import Answer, DemoConfig, Step, Tools
-from cluster.errors import RayographError
+from cluster.errors import RayographError, UsageError
 
 
 def summaries(before: list[float | None], after: list[float | None]) -> dict[str, Any]:
@@ -183,8 +183,7 @@ def test_the_murderer_kills_one_worker_once_and_only_in_the_middle(
 ) -> None:
     dead: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda pid, how: dead.append((pid, how)))
-    monkeypatch.setattr(demo, "KILL_STEP", 2)
-    look = demo._murderer(Step(("pretrain",), tmp_path))
+    look = demo._murderer(Step(("pretrain",), tmp_path), after=2)
     look()
     rows = [{"event": "start", "from_step": 0, "pid": 77}, {"step": 1, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -196,3 +195,20 @@ def test_the_murderer_kills_one_worker_once_and_only_in_the_middle(
     look()
     assert dead == [(77, signal.SIGKILL)]
     assert "kill -9 77" in capsys.readouterr().out
+
+
+def test_a_run_that_nobody_killed_is_not_said_to_have_been(tmp_path: Path) -> None:
+    chain = killed_chain(tmp_path, [3.0, 2.0, 1.0])
+    file = chain["killed"].out / "metrics.jsonl"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if '"from_step": 2' not in line))
+    part = demo.killed_part(chain, tmp_path, tools([]))
+    assert "before one of its workers could be killed" in part.paragraphs[0] and "kill -9" not in part.paragraphs[0]
+
+
+def test_on_a_cluster_nobody_is_killed_by_a_number_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UsageError, match="unset it"):
+        demo.demo(DemoConfig(out=str(tmp_path / "demo"), kill=True), tools([]))
+    assert not (tmp_path / "demo").exists()
