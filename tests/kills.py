@@ -82,8 +82,14 @@ class Killer:
         It has been got over when the ranks were started again, which a lost reading task does not need, and have done
         a step that had not been done before: rows on their way at the kill are no such step.
         """
-        wait_until(lambda: len(processes(self.process, title)) > which, NEXT_STEP_S, f"{title} {which} is there")
-        victim = processes(self.process, title)[which]
+        found: list[int] = []
+
+        def there() -> bool:
+            found[:] = processes(self.process, title)  # of one look: a task may have ended at the next
+            return len(found) > which
+
+        wait_until(there, NEXT_STEP_S, f"{title} {which} is there")
+        victim = found[which]
         _soon(when, f"{what}: its moment has come")
         starts, reached, began = self.starts, self.step, time.monotonic()
         try:
