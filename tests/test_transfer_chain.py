@@ -119,6 +119,35 @@ def _check_metrics(found: dict[str, Any], rows: list[dict[str, Any]], classes: l
     )
 
 
+def test_a_budget_of_labels_is_a_curve_whose_end_is_the_run_itself(
+    phantoms: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    """Shares of the training groups under one hold-out protocol; the model kept is of the largest share."""
+    init, protocol = str(pretrained.run), {"split": "holdout", "repeats": 2, "test_fraction": 0.3}
+    shares = (0.75, 0.25)
+    summary = transfer(config(phantoms, tmp_path / "curve", init=init, label_fraction=shares, **protocol))
+    assert summary["protocol"] == {
+        "split": "holdout",
+        "folds": 1,
+        "repeats": 2,
+        "groups": summary["protocol"]["groups"],
+    }
+    budgets = summary["budgets"]
+    assert list(budgets) == ["0.25", "0.75"]
+    assert budgets["0.75"]["metrics"] == summary["metrics"] != budgets["0.25"]["metrics"]
+    assert budgets["0.25"]["train_groups"] < budgets["0.75"]["train_groups"]
+    report = (tmp_path / "curve" / "report.html").read_text()
+    assert "How much labels help" in report
+    alone = transfer(config(phantoms, tmp_path / "alone", init=init, label_fraction=(0.75,), **protocol))
+    assert alone["metrics"] == summary["metrics"]
+    curve, own = (load_model(tmp_path / name) for name in ("curve", "alone"))
+    assert curve.domain is not None and own.domain is not None
+    assert len(curve.domain.vectors) == len(own.domain.vectors) < 106
+    classes = curve.card.classes
+    ours, theirs = (rows_of(tmp_path / name / "predictions.parquet") for name in ("curve", "alone"))
+    np.testing.assert_array_equal(probabilities(ours, list(classes)), probabilities(theirs, list(classes)))
+
+
 @pytest.mark.slow
 def test_an_interrupted_transfer_does_not_fit_finished_folds_again(
     phantoms: Path, pretrained: Pretrained, tmp_path: Path

@@ -11,7 +11,7 @@ from cluster.errors import UsageError
 from cluster.settings import Config
 
 Task = Literal["finetune", "linear", "knn", "svm"]
-Split = Literal["group", "image"]
+Split = Literal["group", "image", "site", "holdout"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -153,7 +153,13 @@ class TransferConfig(Config):
     repeats: int = 1
     "Repetitions of the cross-validation with other splits."
     split: Split = "group"
-    "group keeps a patient on one side; image does not, and leaks."
+    "group: k folds, a patient on one side; holdout: one such side; site: leave one site out; image: k folds that leak."
+    site_column: str | None = None
+    "The column that names the site (hospital, scanner) of --split site."
+    test_fraction: float = 0.2
+    "Share of the groups that --split holdout judges on."
+    label_fraction: tuple[float, ...] = (1.0,)
+    "Shares of the training groups to fit with: a curve; the largest is the run's own."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -192,6 +198,13 @@ class TransferConfig(Config):
     def __post_init__(self) -> None:
         self._require("folds", self.folds >= 2, "needs at least 2")
         self._require("repeats", self.repeats >= 1, "needs at least 1")
+        self._require("test_fraction", 0 < self.test_fraction < 1, "must lie between 0 and 1")
+        shares = self.label_fraction
+        self._require("label_fraction", bool(shares) and all(0 < s <= 1 for s in shares), "each must lie in 0 to 1")
+        self._require("label_fraction", len(set(shares)) == len(shares), "names a share twice")
+        if (self.split == "site") != (self.site_column is not None):
+            raise UsageError("--split site and --site-column COLUMN belong together")
+        self._require("repeats", self.split != "site" or self.repeats == 1, "a site is left out once: give 1")
         self._require("epochs", self.epochs > 0, "must be at least 1")
         self._require("batch_size", self.batch_size > 1, "must be at least 2")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")

@@ -91,4 +91,5 @@ def _judge(config: EvaluateConfig, model: Model, dataset: Dataset, selection: Se
         truth, probabilities, group=selection.column("group"), fold=zeros, repeat=zeros, seed=config.seed
     )
     rows = np.arange(len(truth))
-    return Judged(classes, rows, truth, probabilities, zeros, zeros, dict(summary), model.card.temperature)
+    shown = (probabilities, probabilities)
+    return Judged(classes, rows, truth, *shown, zeros, zeros, dict(summary), model.card.temperature)

@@ -100,6 +100,31 @@ def curves(
     _save(figure, path)
 
 
+def with_bands(
+    x: ArrayLike,
+    series: Mapping[str, tuple[ArrayLike, Sequence[Sequence[float | None]]]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Draws one line of points per entry over x [N], name -> (y [N], intervals [N] of low and high), with its bars."""
+    figure, axes = _figure(6.4, 3.6)
+    places = np.asarray(x, dtype=np.float64)
+    for i, (name, (y, intervals)) in enumerate(series.items()):
+        values = np.asarray(y, dtype=np.float64)
+        ends = np.asarray([[np.nan if end is None else end for end in ends] for ends in intervals], dtype=np.float64)
+        bars = np.abs(ends.T - values)
+        colour = COLOURS[i % len(COLOURS)]
+        axes.errorbar(places, values, bars, fmt=f"{'os^'[i % 3]}-", color=colour, capsize=3, linewidth=1.4, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    _save(figure, path)
+
+
 def training_loss(steps: ArrayLike, loss: ArrayLike, epochs: ArrayLike, path: Path, marks: Sequence[int] = ()) -> None:
     """Draws the loss of each step [N], faintly, and the mean of each epoch at the middle of its steps.
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from training import figures, metrics, report
+from training import calibration, figures, metrics, report
 from training.artifact import ModelCard
 from training.configs import EvaluateConfig, TransferConfig
 from training.dataset import Dataset, Selection
-from training.fit import FoldResult
+from training.fit import FoldResult, Labels
 
 WORDS = {
     "accuracy": "share of images named right",
@@ -27,6 +27,22 @@ WORDS = {
 }
 
 
+PROTOCOLS = {
+    "group": "{repeats} x {folds}-fold cross-validation, stratified by class, no group (patient, slide) on both sides.",
+    "image": "{repeats} x {folds}-fold cross-validation, stratified by class, split image by image.",
+    "site": "One site ({site_column}) after the other is left out and judged by a model that saw only the others.",
+    "holdout": "{repeats} x a share of {test_fraction:.0%} of the groups held out, stratified by class.",
+}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What a fit said of rows of its own training side that it was not fitted on: truth [I], probabilities [I, K]."""
+
+    truth: np.ndarray
+    probabilities: np.ndarray
+
+
 @dataclass(frozen=True)
 class Judged:
     """Predictions with their truth. `rows` [M] are rows of the selection; probabilities [M, K] are calibrated."""
@@ -35,10 +51,41 @@ class Judged:
     rows: np.ndarray
     truth: np.ndarray
     probabilities: np.ndarray
+    raw: np.ndarray
+    """As the fits said, float64 [M, K]; the calibrated ones where nothing else is known."""
     fold: np.ndarray
     repeat: np.ndarray
     metrics: dict[str, Any]
     temperature: float
+    inner: Mapping[tuple[int, int], Inner] = field(default_factory=dict)
+    """By (repeat, fold), calibrated like the fold's own predictions: what thresholds may be chosen on."""
+
+
+def judge(results: Sequence[FoldResult], labels: Labels, classes: list[str], seed: int) -> Judged:
+    """Out-of-fold predictions of one protocol, each fold calibrated by a temperature of its own inner predictions.
+
+    The temperature that is kept for the final model comes from all out-of-fold predictions.
+    """
+    rows = np.concatenate([r.test for r in results])
+    fold = np.concatenate([np.full(len(r.test), r.fold) for r in results])
+    repeat = np.concatenate([np.full(len(r.test), r.repeat) for r in results])
+    raw = np.concatenate([r.probabilities for r in results])
+    parts, inner = [], {}
+    for one in results:
+        truth = labels.truth[one.inner_rows]
+        temperature = calibration.fit_temperature(_logs(one.inner_probabilities), truth)
+        parts.append(calibration.apply_temperature(one.probabilities, temperature))
+        known = calibration.apply_temperature(one.inner_probabilities, temperature)
+        inner[one.repeat, one.fold] = Inner(truth, known)
+    truth, calibrated = labels.truth[rows], np.concatenate(parts)
+    groups = [labels.groups[r] for r in rows]
+    summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=seed)
+    temperature = calibration.fit_temperature(_logs(raw), truth)
+    return Judged(classes, rows, truth, calibrated, raw, fold, repeat, dict(summary), temperature, inner)
+
+
+def _logs(probabilities: np.ndarray) -> np.ndarray:
+    return np.asarray(np.log(np.maximum(probabilities, 1e-12)))
 
 
 def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ()) -> None:
@@ -110,18 +157,18 @@ def write_transfer_report(
     judged: Judged,
     card: ModelCard,
     best_epoch: int,
+    curve: report.Section | None = None,
 ) -> None:
     """report.html of a transfer, for a reader who does not program."""
-    whole = config.split == "group"
     protocol: list[Any] = [
         report.Text(
-            f"{config.repeats} x {config.folds}-fold cross-validation, stratified by class"
-            + (", no group (patient, slide) on both sides of a split." if whole else ", split image by image.")
-            + " Every figure is of images that the model judging them was not trained on; intervals come from a "
-            "bootstrap over groups. When to stop was decided on groups held back from each fold's own training part."
+            f"{PROTOCOLS[config.split].format(**config.as_dict())} Every figure is of images that the model judging "
+            "them was not trained on; intervals come from a bootstrap over groups. Whatever is chosen (when to stop, "
+            "how strongly to regularise, the temperature of the probabilities) was chosen inside each fit's own "
+            "training side, on groups that it was not fitted on."
         )
     ]
-    if not whole:
+    if config.split == "image":
         protocol.append(
             report.Warning(
                 "Split by image: pictures of one patient stand on both sides, so these figures are too good. "
@@ -142,6 +189,7 @@ def write_transfer_report(
         report.Section("Protocol", protocol),
         _data_section(dataset, selection, judged.classes),
         _result_section(out, judged, "Pooled out-of-fold predictions", learning=True),
+        *([curve] if curve else []),
         report.Section("The model", model),
     ]
     report.write_report(out / "report.html", title=f"Transfer: {out.name}", sections=sections, images=config.images)

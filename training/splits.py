@@ -26,6 +26,8 @@ class Fold:
     fold: int
     train: Rows
     test: Rows
+    share: float = 1.0
+    """Of the training groups that the protocol offers, how many `train` was cut down to."""
 
 
 def cross_validation(
@@ -60,6 +62,86 @@ def cross_validation(
             if split == "group":
                 _require_apart(g, train, test)
     return result
+
+
+def leave_one_site_out(labels: Sequence[str], groups: Sequence[str], sites: Sequence[str]) -> list[Fold]:
+    """One fit per site, in the order of their names: judged on its rows, trained on those of all others.
+
+    All arguments hold one entry per row; an empty group means that the row is its own. Rows of other sites whose group
+    was also at the judged site take no part in that fit.
+
+    Raises:
+        UsageError: a row has no site, there is only one, or a class is known at one site alone.
+    """
+    y, g, s = np.asarray(labels, dtype=str), _own_groups(groups), np.asarray(sites, dtype=str)
+    if (s == "").any():
+        raise UsageError(
+            f"{int((s == '').sum())} of {len(s)} labelled images have no site: fill the column, or --where"
+        )
+    if len(names := np.unique(s)) < 2:
+        raise UsageError(
+            f"all labelled images are of one site, {str(names[0])!r}: leave-one-site-out needs at least two"
+        )
+    result = []
+    for fold, site in enumerate(names):
+        test = np.flatnonzero(s == site)
+        train = np.flatnonzero((s != site) & ~np.isin(g, g[test]))
+        absent = np.setdiff1d(y, y[train])
+        if len(absent):
+            raise UsageError(
+                f"class {str(absent[0])!r} is known at site {str(site)!r} alone, so nothing can be trained for it "
+                "without that site: merge or drop the class, or use --split group"
+            )
+        _require_apart(g, train, test)
+        result.append(Fold(0, fold, train, test))
+    return result
+
+
+def hold_outs(labels: Sequence[str], groups: Sequence[str], *, fraction: float, repeats: int, seed: int) -> list[Fold]:
+    """One fit per repeat, judged on a grouped, stratified `fraction` of the rows that each repeat draws anew.
+
+    Raises:
+        UsageError: nothing can be held out, or a class ends up on one side alone.
+    """
+    y = np.asarray(labels, dtype=str)
+    result = []
+    for repeat in range(repeats):
+        absent = set[str]()
+        for state in np.random.SeedSequence((seed, repeat)).generate_state(SHUFFLES):
+            train, test = hold_out(labels, groups, fraction=fraction, seed=int(state))
+            absent = {str(c) for side in (train, test) for c in np.setdiff1d(y, y[side])}
+            if not absent:
+                result.append(Fold(repeat, 0, train, test))
+                break
+        else:
+            raise UsageError(
+                f"class {min(absent)!r}: its groups cannot be spread over both sides of a hold-out: try another "
+                "--test-fraction, or merge or drop the class"
+            )
+    return result
+
+
+def budget(labels: Sequence[str], groups: Sequence[str], rows: Rows, *, share: float, seed: int) -> Rows:
+    """Those of `rows` that are left of a `share` (0 to 1] of their groups, whole groups only.
+
+    `labels` and `groups` are of all rows. Groups are drawn class by class (a group counts for the rarest class it has),
+    at least two of each where there are two. A smaller share of the same rows and seed lies within a larger one.
+    """
+    if share >= 1:
+        return rows
+    y, g = np.asarray(labels, dtype=str)[rows], _own_groups(groups)[rows]
+    names, member = np.unique(g, return_inverse=True)
+    pairs = np.unique(np.stack([np.unique(y, return_inverse=True)[1], member]), axis=1)
+    common = np.bincount(pairs[0])  # groups per class
+    rarest = np.full(len(names), -1)
+    for label, group in sorted(pairs.T.tolist(), key=lambda pair: (-common[pair[0]], pair[0])):
+        rarest[group] = label  # the rarest comes last
+    order = np.random.default_rng(seed).permutation(len(names))
+    kept = np.zeros(len(names), dtype=bool)
+    for label in np.unique(rarest):
+        own = order[rarest[order] == label]
+        kept[own[: max(2, round(share * len(own)))]] = True
+    return rows[kept[member]]
 
 
 def hold_out(labels: Sequence[str], groups: Sequence[str], *, fraction: float, seed: int) -> tuple[Rows, Rows]:

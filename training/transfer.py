@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from cluster import storage
-from cluster.errors import UsageError
+from cluster.errors import UsageError, nearest
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training import calibration, domain, metrics
+from training import domain
 from training.artifact import HEAD, ModelCard, forward, model_folder, save_model
+from training.budgets import budget_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
 from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
 from training.images import to_channels
 from training.ingest import resolve_data
-from training.judgement import Judged, figures_of, write_transfer_report
+from training.judgement import Judged, figures_of, judge, write_transfer_report
 from training.lineage import own_images, seen_by
-from training.splits import Fold, cross_validation
+from training.splits import Fold, budget, cross_validation, hold_outs, leave_one_site_out
 from training.tasks.finetune import Recipe, recipe_for
 from training.transform import evaluation_view
 from training.weights import Wanted, initial_weights, located
@@ -92,14 +95,11 @@ class _Study:
         self.classes = leaves(names)
         truth = np.asarray([self.classes.index(name) for name in names])
         self.labels = Labels(truth, names, selection.column("group"), config.split)
-        self.folds = cross_validation(
-            names,
-            self.labels.groups,
-            folds=config.folds,
-            repeats=config.repeats,
-            split=config.split,
-            seed=config.seed,
-        )
+        self.whole = folds_for(config, names, self.labels.groups, selection)
+        self.share = max(config.label_fraction)
+        cut = self._budget
+        self.folds = [replace(f, train=cut(f.train, s), share=s) for s in config.label_fraction for f in self.whole]
+        self.kept = cut(np.arange(len(names)), self.share)
 
     def run(self, device: str, workers: int) -> None:
         self._prepare(device)
@@ -110,14 +110,30 @@ class _Study:
         else:
             results, network, features, estimator = self._frozen(workers)
             best = 0
-        self.results = sorted(results, key=lambda r: (r.repeat, r.fold))
-        self.judged = self._judge()
+        self.results = sorted((r for r in results if r.share == self.share), key=lambda r: (r.repeat, r.fold))
+        self.budgets = {
+            s: self._judge([r for r in results if r.share == s]) for s in sorted(self.config.label_fraction)
+        }
+        self.judged = self.budgets[self.share]
         self.best_epoch = best
         self.domain = self._domain(features)
         self._write_model(network, estimator)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
-        write_transfer_report(self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best)
+        budgets = {f"{share:g}": self._budget_summary(share) for share in self.budgets}
+        curve = budget_section(self.out.path / "figures", budgets)
+        write_transfer_report(
+            self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best, curve
+        )
+
+    def _budget(self, rows: np.ndarray, share: float) -> np.ndarray:
+        names, groups = self.labels.names, self.labels.groups
+        own = groups if self.config.split != "image" else [""] * len(groups)
+        return budget(names, own, rows, share=share, seed=self.config.seed)
+
+    def _judge(self, results: list[FoldResult]) -> Judged:
+        ordered = sorted(results, key=lambda r: (r.repeat, r.fold))
+        return judge(ordered, self.labels, self.classes, self.config.seed)
 
     def _prepare(self, device: str) -> None:
         """First weights and pixels, for the device that the session offers."""
@@ -131,8 +147,7 @@ class _Study:
         network = self.initial.architecture
         say(
             f"{self.config.task}: {len(self.selection):,} labelled images, {len(set(self.labels.groups)):,} groups, "
-            f"{len(self.classes)} classes; {self.config.repeats} x {self.config.folds} folds by {self.config.split}, "
-            f"{workers} at a time"
+            f"{len(self.classes)} classes; {len(self.folds)} fits, split by {self.config.split}, {workers} at a time"
         )
         digest = self.initial.provenance.get("sha256", "")
         say(
@@ -146,9 +161,9 @@ class _Study:
     def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, int]:
         shared = (self._recipe(workers), self.pixels, self.labels)
         results = self._each_fold(finetune_fold, shared, workers)
-        best = int(np.median([r.best_epoch for r in results]))
-        say(f"refitting on all {len(self.selection):,} images for {best} epochs, the median of the folds")
-        alone = (self._recipe(1), self.pixels, self.labels)
+        best = int(np.median([r.best_epoch for r in results if r.share == self.share]))
+        say(f"refitting on {len(self.kept):,} images for {best} epochs, the median of the folds")
+        alone = (self._recipe(1), self.pixels, self.labels, self.kept)
         ((state, features),) = run_folds(refit_network, alone, [(best,)], workers=1, gpu=self.device == "cuda")
         network = self.initial.architecture.build(len(self.classes))
         network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
@@ -158,9 +173,8 @@ class _Study:
         features = self._features()
         task, count, seed = self.config.task, len(self.classes), self.config.seed
         results = self._each_fold(frozen_fold, (task, features, self.labels, count, seed), workers)
-        everything = np.arange(len(self.labels.truth))
-        estimator = fit_frozen(task, features, self.labels, everything, count, seed)
-        return results, self.initial.network, features, estimator
+        estimator = fit_frozen(task, features, self.labels, self.kept, count, seed)
+        return results, self.initial.network, features[self.kept], estimator
 
     def _features(self) -> np.ndarray:
         """Features of all labelled rows under the initial network, kept for an interrupted run."""
@@ -181,37 +195,29 @@ class _Study:
 
     def _each_fold(self, fit: Any, shared: tuple[Any, ...], workers: int) -> list[FoldResult]:
         """Results of all folds; those finished before an interruption are read, not computed again."""
-        folder = self.out.path / "folds"
-        folder.mkdir(exist_ok=True)
-        done = [r for f in self.folds if (r := _load_fold(folder, f)) is not None]
-        known = {(r.repeat, r.fold) for r in done}
-        missing = [(f,) for f in self.folds if (f.repeat, f.fold) not in known]
-        with progress(self.config.task, len(self.folds), "folds", done=len(done)) as bar:
-            for result in run_folds(fit, shared, missing, workers=workers, gpu=self.device == "cuda"):
-                _save_fold(folder, result)
+        fits = self._fits()
+        done = [(fold, fits.load(fold)) for fold in self.folds]
+        found = [result for _, result in done if result is not None]
+        missing = {(f.share, f.repeat, f.fold): f for f, result in done if result is None}
+        with progress(self.config.task, len(self.folds), "folds", done=len(found)) as bar:
+            each = [(fold,) for fold in missing.values()]
+            for result in run_folds(fit, shared, each, workers=workers, gpu=self.device == "cuda"):
+                fits.save(missing[result.share, result.repeat, result.fold], result)
                 self.out.push()
-                done.append(result)
+                found.append(result)
                 bar.advance(1)
-        return done
+        return found
 
-    def _judge(self) -> Judged:
-        """Out-of-fold predictions, each fold calibrated by the temperature of its repeat's other folds."""
-        rows = np.concatenate([r.test for r in self.results])
-        fold = np.concatenate([np.full(len(r.test), r.fold) for r in self.results])
-        repeat = np.concatenate([np.full(len(r.test), r.repeat) for r in self.results])
-        raw = np.concatenate([r.probabilities for r in self.results])
-        truth = self.labels.truth[rows]
-        calibrated = np.empty_like(raw)
-        for one in self.results:
-            same, mine = repeat == one.repeat, fold == one.fold
-            # of the same repeat: another one's folds hold the very rows that are calibrated here
-            mine, others = same & mine, same & ~mine
-            temperature = calibration.fit_temperature(np.log(np.maximum(raw[others], 1e-12)), truth[others])
-            calibrated[mine] = calibration.apply_temperature(raw[mine], temperature)
-        groups = [self.labels.groups[r] for r in rows]
-        summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed)
-        temperature = calibration.fit_temperature(np.log(np.maximum(raw, 1e-12)), truth)
-        return Judged(self.classes, rows, truth, calibrated, fold, repeat, dict(summary), temperature)
+    def _fits(self) -> Fits:
+        chosen = {k: v for k, v in self.config.identity().items() if k not in PROTOCOL}
+        subject = {
+            "config": chosen | {"by_group": self.config.split != "image"},
+            "initial": self.initial.provenance,
+            "dataset": self.dataset.version,
+            "labels": self.labels.names,
+            "groups": self.labels.groups,
+        }
+        return Fits(self.out.path / "folds", subject, self.selection.column("image_id"))
 
     def _domain(self, features: np.ndarray) -> domain.Domain:
         """What the training set looks like, from the features that the final network gives it."""
@@ -219,9 +225,10 @@ class _Study:
         looks = np.concatenate(
             [domain.look_of(to_channels(self.pixels[[at]], channels)) for at in range(len(self.pixels))]
         )
-        train = {(f.repeat, f.fold): f.train for f in self.folds}
+        train = {(f.repeat, f.fold): f.train for f in self.folds if f.share == self.share}
         far = [domain.look_distances_to(looks[train[r.repeat, r.fold]], looks[r.test]) for r in self.results]
-        kept = looks[domain.sampled_rows(len(looks), domain.LARGEST)] if len(features) < len(looks) else looks
+        kept = looks[self.kept]
+        kept = kept[domain.sampled_rows(len(kept), domain.LARGEST)] if len(features) < len(kept) else kept
         return domain.learn(features, kept, np.concatenate([r.distances for r in self.results]), np.concatenate(far))
 
     def _card(self) -> ModelCard:
@@ -251,20 +258,48 @@ class _Study:
     def _write_predictions(self) -> None:
         write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)
 
+    def _budget_summary(self, share: float) -> dict[str, Any]:
+        """What a share of the training groups was, per fit on average, and what came of it."""
+        train = [f.train for f in self.folds if f.share == share]
+        groups = [len({self.labels.groups[row] for row in rows}) for rows in train]
+        return {
+            "train_images": float(np.mean([len(rows) for rows in train])),
+            "train_groups": float(np.mean(groups)),
+            "metrics": self.budgets[share].metrics,
+        }
+
     def summary(self) -> dict[str, Any]:
         return {
             "protocol": {
                 "split": self.config.split,
-                "folds": self.config.folds,
+                "folds": len({f.fold for f in self.whole}),
                 "repeats": self.config.repeats,
                 "groups": len(set(self.labels.groups)),
             },
+            "budgets": {f"{share:g}": self._budget_summary(share) for share in self.budgets},
             "images": len(self.selection),
             "classes": self.classes,
             "best_epoch": self.best_epoch,
             "temperature": self.judged.temperature,
             "metrics": self.judged.metrics,
         }
+
+
+def folds_for(config: TransferConfig, names: list[str], groups: list[str], selection: Selection) -> list[Fold]:
+    """The fits of a config's protocol over labelled rows, with all training groups.
+
+    Raises:
+        UsageError: there is no such column, or the labels do not allow it.
+    """
+    if config.split == "site":
+        column, known = str(config.site_column), selection.table.column_names
+        if column not in known:
+            raise UsageError(f"--site-column {column}: no such column.{nearest(column, known)}")
+        return leave_one_site_out(names, groups, ["" if s is None else str(s) for s in selection.column(column)])
+    if config.split == "holdout":
+        return hold_outs(names, groups, fraction=config.test_fraction, repeats=config.repeats, seed=config.seed)
+    folds, repeats, seed = config.folds, config.repeats, config.seed
+    return cross_validation(names, groups, folds=folds, repeats=repeats, split=config.split, seed=seed)
 
 
 def write_predictions(path: Path, selection: Selection, judged: Judged) -> None:
@@ -282,32 +317,3 @@ def write_predictions(path: Path, selection: Selection, judged: Judged) -> None:
     partial = path.with_name(f".{path.name}")
     pq.write_table(table, partial)
     storage.publish_file(partial, path)
-
-
-def _save_fold(folder: Path, result: FoldResult) -> None:
-    target = folder / f"repeat-{result.repeat}-fold-{result.fold}.safetensors"
-    partial = folder / f".{target.name}"
-    history = np.asarray([[row["epoch"], row["loss"], row.get("held_loss", np.nan)] for row in result.history])
-    tensors = {
-        "test": result.test.astype(np.int64),
-        "probabilities": result.probabilities,
-        "best_epoch": np.asarray([result.best_epoch]),
-        "history": history.reshape(-1, 3).astype(np.float64),
-        "distances": result.distances,
-    }
-    save_file(tensors, partial)
-    storage.publish_file(partial, target)
-
-
-def _load_fold(folder: Path, fold: Fold) -> FoldResult | None:
-    path = folder / f"repeat-{fold.repeat}-fold-{fold.fold}.safetensors"
-    values = load_file(path) if path.exists() else {}
-    if "distances" not in values:  # absent, or of a version that measured none
-        return None
-    if not np.array_equal(values["test"], fold.test):
-        raise UsageError(f"{path}: was computed for another split; use --overwrite or another --out")
-    history = [{"epoch": e, "loss": x, "held_loss": h} for e, x, h in values["history"].tolist()]
-    best = int(values["best_epoch"][0])
-    return FoldResult(
-        fold.repeat, fold.fold, values["test"], values["probabilities"], best, history, values["distances"]
-    )

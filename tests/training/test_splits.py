@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from cluster.errors import UsageError
-from training.splits import Fold, cross_validation, hold_out
+from training.splits import Fold, budget, cross_validation, hold_out, hold_outs, leave_one_site_out
 
 Labelled = tuple[list[str], list[str]]
 
@@ -177,3 +177,73 @@ def test_a_watermark_of_the_patient_is_worth_nothing_under_group_splits_and_ever
 
     assert abs(accuracy("group") - 0.5) < 3 * np.sqrt(0.25 / 100)  # three standard errors of 100 patients
     assert accuracy("image") > 0.98
+
+
+# Sites, hold-outs and budgets
+
+
+def test_each_site_is_left_out_once_and_a_patient_of_two_sites_never_trains_against_himself() -> None:
+    sites = ["b", "b", "a", "a", "c", "c", "a"]
+    labels = ["x", "y", "x", "y", "x", "y", "y"]
+    groups = ["1", "2", "3", "4", "5", "6", "2"]  # patient 2 was seen at a and b
+    fits = leave_one_site_out(labels, groups, sites)
+    assert [(f.fold, f.test.tolist(), f.train.tolist()) for f in fits] == [
+        (0, [2, 3, 6], [0, 4, 5]),
+        (1, [0, 1], [2, 3, 4, 5]),
+        (2, [4, 5], [0, 1, 2, 3, 6]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sites", "said"),
+    [(["a", "a", ""], "1 of 3 .* no site"), (["a", "a", "a"], "one site, 'a'"), (["a", "b", "b"], "'y' is known at")],
+)
+def test_sites_that_cannot_be_left_out_are_refused(sites: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        leave_one_site_out(["x", "y", "x"], ["1", "2", "3"], sites)
+
+
+@settings(max_examples=60, deadline=None)
+@given(labelled_groups(), st.integers(0, 2**32))
+def test_hold_outs_keep_groups_whole_and_every_class_on_both_sides(rows: Labelled, seed: int) -> None:
+    labels, groups = rows
+    assume(len(set(groups)) >= 2)
+    try:
+        fits = hold_outs(labels, groups, fraction=0.3, repeats=2, seed=seed)
+    except UsageError as error:
+        assert "cannot be spread" in str(error)
+        return
+    assert [fit.repeat for fit in fits] == [0, 1]
+    for fit in fits:
+        assert not {groups[i] for i in fit.train} & {groups[i] for i in fit.test}
+        assert {labels[i] for i in fit.train} == {labels[i] for i in fit.test} == set(labels)
+        assert sorted([*fit.train.tolist(), *fit.test.tolist()]) == list(range(len(labels)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(labelled_groups(), st.integers(0, 2**32))
+def test_a_smaller_budget_lies_within_a_larger_one_holds_whole_groups_and_every_class(
+    rows: Labelled, seed: int
+) -> None:
+    labels, groups = rows
+    given_rows = np.arange(1, len(labels))  # the rows of a training side, not all
+    known = {labels[i] for i in given_rows}
+    before = set[int]()
+    for share in (0.1, 0.25, 0.5, 1.0):
+        kept = budget(labels, groups, given_rows, share=share, seed=seed)
+        assert before <= set(kept.tolist()) <= set(given_rows.tolist())
+        assert {labels[i] for i in kept} == known
+        inside = {groups[i] for i in kept}
+        assert [i for i in given_rows if groups[i] in inside] == kept.tolist()
+        for label, count in groups_per_class([labels[i] for i in given_rows], [groups[i] for i in given_rows]).items():
+            assert len({groups[i] for i in kept if labels[i] == label}) >= min(1, count)
+        before = set(kept.tolist())
+    assert before == set(given_rows.tolist())
+
+
+def test_a_budget_is_that_share_of_the_groups_of_each_class() -> None:
+    labels = ["a"] * 400 + ["b"] * 100
+    groups = [f"a{i // 2}" for i in range(400)] + [f"b{i // 2}" for i in range(100)]
+    kept = budget(labels, groups, np.arange(500), share=0.1, seed=0)
+    assert Counter(labels[i] for i in kept) == {"a": 40, "b": 10}
+    assert kept.tolist() != budget(labels, groups, np.arange(500), share=0.1, seed=1).tolist()

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import skops.io
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -108,3 +108,22 @@ ESTIMATORS: dict[str, Callable[[np.ndarray, np.ndarray, Inner], BaseEstimator]] 
     "knn": knn,
     "svm": svm,
 }
+
+
+def inner_probabilities(fitted: Frozen, features: np.ndarray, truth: np.ndarray, inner: Inner) -> np.ndarray:
+    """float64 [N, K]: each row judged by a classifier like `fitted` whose inner fold did not train on it."""
+    estimator: Any = fitted.estimator
+    if isinstance(estimator, CalibratedClassifierCV):
+        (calibrated,) = estimator.calibrated_classifiers_
+        scores = cross_val_predict(clone(calibrated.estimator), features, truth, cv=inner, method="decision_function")
+        found = np.zeros((len(features), fitted.classes))
+        (scale,) = calibrated.calibrators
+        found[:, estimator.classes_] = scale.predict(scores)
+        return found
+    found = np.zeros((len(features), fitted.classes))
+    for train, test in inner:
+        own = clone(estimator)
+        if isinstance(own[-1], KNeighborsClassifier):
+            own[-1].set_params(n_neighbors=min(own[-1].n_neighbors, len(train)))
+        found[test] = Frozen(own.fit(features[train], truth[train]), fitted.classes).probabilities(features[test])
+    return found
