@@ -272,7 +272,7 @@ def test_the_test_rows_of_a_fold_change_nothing_but_their_own_prediction() -> No
 def test_refitting_uses_every_row_and_gives_the_network_s_arrays() -> None:
     pixels, _ = stripes(16)
     truth = np.arange(16) // 2 % 2
-    state, features = refit_network(recipe(epochs=2), pixels, labels_of(truth), 1)
+    state, features = refit_network(recipe(epochs=2), pixels, labels_of(truth), np.arange(16), 1)
     expected = fine_tune(recipe(epochs=2), pixels, truth, np.arange(16), NO_ROWS, "refit", stop_after=1)
     assert all(np.array_equal(state[name], tensor.numpy()) for name, tensor in weights_of(expected).items())
     reference, _ = predict(expected.network, expected.initial.input, pixels, "cpu")
