@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Kill:
     """The last step whose row was there."""
     recovery_s: float
     """Until the next step that had not been done before; nan where the driver was killed, and started again by hand."""
+    redone: int = 0
+    """Steps whose rows were there at the kill, and that were done again."""
 
 
 @dataclass
@@ -91,15 +94,20 @@ class Killer:
         wait_until(there, NEXT_STEP_S, f"{title} {which} is there")
         victim = found[which]
         _soon(when, f"{what}: its moment has come")
-        starts, reached, began = self.starts, self.step, time.monotonic()
+        starts, before, began = self.starts, steps_of(self.config.out), time.monotonic()
+        reached = max((row["step"] for row in before), default=0)
         try:
             os.kill(victim, how)
         except ProcessLookupError:  # it was a task, and has ended
             return self.kill(what, title, which=0, when=when, how=how)
+        redone: list[dict[str, Any]] = []
         if title != READER:
             self.process.until(lambda: self.starts > starts, f"another start after {what}")
+            resumed = [row["from_step"] for row in rows_of(self.config.out) if row.get("event") == "start"][-1]
+            redone = [row for row in before if row["step"] > resumed]
+            at_most_one_interval(redone, self.config)
         self.process.until(lambda: self.step > reached, f"a step beyond {reached} after {what}")
-        self.kills.append(Kill(what, reached, time.monotonic() - began))
+        self.kills.append(Kill(what, reached, time.monotonic() - began, len(redone)))
         return self.kills[-1]
 
     def after(self, steps: int) -> None:
@@ -135,9 +143,24 @@ def same_curve(config: PretrainConfig, twin: Path, rtol: float = 0.0) -> None:
         assert ours == theirs
 
 
+def at_most_one_interval(redone: list[dict[str, Any]], config: PretrainConfig) -> None:
+    """Oracle 3: between the checkpoint that a run goes on from and its death no other one had come to its end.
+
+    `redone` are the rows of the steps in between: at most the end of that checkpoint's own writing, the steps until the
+    next one was due, and those during which that one was being written.
+    """
+    writing = [bool(row["saving"]) for row in redone]
+    begun = sum(now and not before for before, now in zip([False, *writing], writing, strict=False))
+    assert begun <= 2, f"{begun} checkpoints were begun in {len(redone)} steps that were done again"
+    seconds = [config.batch_size / row["images_per_second"] for row in redone if not row["saving"]]
+    bound = config.checkpoint_s + 3 * max(seconds, default=0.0)
+    assert sum(seconds) <= bound, f"{sum(seconds):.1f} s of steps without a checkpoint were done again"
+
+
 def report(kills: list[Kill]) -> str:
     """A histogram of what was killed, and how long it took to get on."""
     lines = ["kills: " + ", ".join(f"{what} {count}" for what, count in Counter(k.what for k in kills).most_common())]
     times = sorted(k.recovery_s for k in kills if k.recovery_s == k.recovery_s)
+    lines.append(f"steps done again: most {max(k.redone for k in kills)}, in all {sum(k.redone for k in kills)}")
     lines.append(f"seconds to the next step: median {np.median(times):.1f}, longest {times[-1]:.1f}")
     return "\n".join(lines)
