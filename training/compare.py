@@ -120,7 +120,7 @@ def differences(
     easy or hard for both cancels out. The difference is taken within a repeat, where both sides judge the same folds,
     and averaged over repeats; values and intervals are those of `training.metrics.summarise`. `p` is two-sided, the
     level at which the interval would touch 0: from the share of resamples on the far side of 0, the data counted as
-    one of them (Davison & Hinkley, 1997, 4.2.5), with the correction for few groups of the interval. Resamples in
+    one of them (Davison & Hinkley, 1997), with the correction for few groups of the interval. Resamples in
     which a side is undefined are left out. As in `summarise`, those of `ece` are moved back by the bootstrap's estimate
     of their bias. Fewer than two groups give neither interval nor p-value.
     """

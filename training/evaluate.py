@@ -275,8 +275,7 @@ def _write_report(
 
 def _say_result(out: OutDir, name: str, judged: Judged, rivals: Mapping[str, Rival]) -> None:
     for other, rival in rivals.items():
-        balanced = rival.comparison["metrics"][HEADLINE]
-        say(verdict(name, other, balanced, balanced["p_holm"], len(rivals)))
+        say(verdict(name, other, rival.comparison["metrics"][HEADLINE], len(rivals)))
     own = judged.metrics[HEADLINE]
     shown = with_interval(own["value"], own["ci95"])
     say(f"done: balanced accuracy {shown}, report in {out.name('report.html')}")

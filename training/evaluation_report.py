@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from training import figures, report
-from training.compare import Comparison, Difference
+from training.compare import Adjusted, Comparison, Difference
 from training.judgement import WORDS, Judged, result_section
 
 HEADLINE = "balanced_accuracy"
@@ -26,25 +26,25 @@ class Rival:
     comparison: Comparison
 
 
-def verdict(ours: str, theirs: str, difference: Difference, p_holm: float | None, comparisons: int) -> str:
+def verdict(ours: str, theirs: str, difference: Adjusted, comparisons: int) -> str:
     """Who is ahead on `HEADLINE` and by how much, claiming no more than interval and corrected p-value allow."""
-    value, (low, high) = difference["difference"], difference["ci95"]
-    what = f"balanced accuracy ({WORDS[HEADLINE]})"
-    if value is None or low is None or high is None or difference["p"] is None:
+    value, (low, high), p_holm = difference["difference"], difference["ci95"], difference["p_holm"]
+    what = HEADLINE.replace("_", " ")
+    if value is None or low is None or high is None or p_holm is None:
         return f"{ours} against {theirs}: too few groups to compare their {what}."
-    leader, other = (ours, theirs) if value >= 0 else (theirs, ours)
-    signs = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
     p = f"p {p_words(difference['p'])}"
     if comparisons > 1:
         p += f", {p_words(p_holm)} corrected for {comparisons} comparisons"
     if value == 0:
-        return f"{ours} and {theirs} are level on {what}: {signs}, {p}."
-    said = f"{leader} is ahead of {other} on {what} by {abs(value):.3f}: difference {signs}"
+        return f"{ours} and {theirs} are level on {what}: {_signed(value, [low, high])}, {p}."
+    leader, other = (ours, theirs) if value > 0 else (theirs, ours)
+    ends = [low, high] if value > 0 else [-high, -low]
+    said = f"{leader} is ahead of {other} on {what} by {_signed(abs(value), ends)}"
     if low <= 0 <= high:
-        return f"{said}. The interval holds 0, so the difference may be chance ({p})."
-    if (p_holm or 0) >= LEVEL:
-        return f"{said}. The interval excludes 0, but not so that it outlasts the number of comparisons ({p})."
-    return f"{said}. The interval excludes 0, so it is more than chance ({p})."
+        return f"{said}. The 95 % interval holds 0, so the difference may be chance ({p})."
+    if p_holm >= LEVEL:
+        return f"{said}. The 95 % interval excludes 0, but several models were compared: it may be chance ({p})."
+    return f"{said}. The 95 % interval excludes 0, so it is more than chance ({p})."
 
 
 def p_words(p: float | None) -> str:
@@ -77,20 +77,16 @@ def comparison_section(
     figure: Path,
 ) -> report.Section:
     """Model `name`, whose metrics are `own`, against its rivals by name, for a reader who does not program."""
-    said = [
-        verdict(
-            name, other, r.comparison["metrics"][HEADLINE], r.comparison["metrics"][HEADLINE]["p_holm"], len(rivals)
-        )
-        for other, r in rivals.items()
-    ]
+    said = [verdict(name, other, r.comparison["metrics"][HEADLINE], len(rivals)) for other, r in rivals.items()]
     blocks: list[report.Block] = [report.Text(sentence) for sentence in said]
     blocks.append(
         report.Text(
             f"All models judged the same {images:,} images of {groups:,} groups (patients, slides)"
             + (f", {repeats} times in other folds; figures are means of these. " if repeats > 1 else ". ")
-            + f"Differences are {name} less the other model. Their intervals and p-values come from one bootstrap over "
-            "groups that all models share, so a group that is hard for all does not blur the difference. The fits are "
-            "held fixed: this says what other patients would change, not what another training run would."
+            + f"Balanced accuracy is the {WORDS[HEADLINE]}. Below, differences are {name} less the other model. Their "
+            "intervals and p-values come from one bootstrap over groups that all models share, so a group that is hard "
+            "for all does not blur the difference. The fits are held fixed: this says what other patients would "
+            "change, not what another training run would."
         )
     )
     blocks.append(

@@ -219,7 +219,7 @@ def tail_share(groups: int) -> float:
 
     A resample of G groups varies by (G - 1) / G of what it should, and its percentiles are as narrow as if the variance
     were known. Both are mended by taking the percentiles at which a normal distribution has the width of Student's
-    interval: the expanded percentile interval of Hesterberg (2015, 5.3).
+    interval: the expanded percentile interval of Hesterberg (2015).
     """
     return float(ndtr(stdtrit(groups - 1, 0.025) * np.sqrt(groups / (groups - 1))))
 
