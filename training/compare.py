@@ -198,7 +198,7 @@ def _plain_mcnemar(ours: int, theirs: int) -> tuple[str, float]:
     total = ours + theirs
     if total < EXACT_BELOW:
         return "exact binomial", float(min(1.0, 2 * binom.cdf(min(ours, theirs), total, 0.5)))
-    return "chi-squared, corrected", float(chi2.sf((abs(ours - theirs) - 1) ** 2 / total, 1))
+    return "chi-squared, continuity-corrected", float(chi2.sf((abs(ours - theirs) - 1) ** 2 / total, 1))
 
 
 def _sign_flips(values: np.ndarray) -> float:
@@ -212,8 +212,11 @@ def _sign_flips(values: np.ndarray) -> float:
         return 1.0
     reach = int((sizes * counts).sum())
     points = 2 * reach + 1
-    turns = np.outer(np.arange(points), sizes) % points  # whole turns away first: cosines of small angles are exact
-    chances = np.fft.fft(np.prod(np.cos(2 * np.pi / points * turns) ** counts, axis=1)).real / points
+    characteristic = np.ones(points)
+    for size, count in zip(sizes, counts, strict=True):
+        turned = np.arange(points) * size % points  # whole turns are taken away first: small angles have exact cosines
+        characteristic *= np.cos(2 * np.pi / points * turned) ** count
+    chances = np.fft.fft(characteristic).real / points
     sums = np.abs(np.fft.fftfreq(points, 1 / points).round())
     p = chances[sums >= abs(int(values.sum()))].sum()
     return float(np.clip(p, 2.0 ** (1 - counts.sum()), 1))

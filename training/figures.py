@@ -155,9 +155,7 @@ def probes(
     _save(figure, path)
 
 
-def forest(
-    series: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, xlabel: str, title: str = ""
-) -> None:
+def forest(series: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, xlabel: str) -> None:
     """Draws differences as points with intervals around a line at 0: name -> row -> (value, low, high).
 
     Rows are those of the first entry, from top to bottom; each entry has its colour and marker. NaN leaves a row empty.
@@ -184,7 +182,6 @@ def forest(
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(xlabel)
-    axes.set_title(title, fontsize=10)
     axes.grid(axis="x", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     if len(series) > 1:

@@ -56,7 +56,8 @@ def read_predictions(run: str) -> Predictions:
     Raises:
         UsageError: it is not one, has not finished, or has several labels per image.
     """
-    root = run if "config.yaml" in storage.list_names(run) else storage.sibling(storage.located(run), "")
+    inside = storage.name_of(run) == "model" and "config.yaml" not in storage.list_names(run)
+    root = storage.sibling(storage.located(run), "") if inside else run
     names = storage.list_names(root)
     config = yaml.safe_load(storage.read_bytes(storage.join(root, "config.yaml"))) if "config.yaml" in names else {}
     if config.get("verb") != "transfer":
