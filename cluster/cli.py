@@ -63,7 +63,7 @@ def transfer(config: TransferConfig) -> object:
 
 
 def evaluate(config: EvaluateConfig) -> object:
-    """Judge a model on labelled images that it has not seen."""
+    """Judge a model on labelled images that it has not seen, or compare it with others."""
     from training.evaluate import evaluate as run
 
     return run(config)

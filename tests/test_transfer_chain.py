@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cluster import storage
 from cluster.errors import UsageError
 from cluster.session import Resources
 from tests.hostile import encoded, write_hostile
@@ -266,6 +267,60 @@ def test_labels_that_the_model_does_not_know_are_refused(probed: Path, tmp_path:
     with pytest.raises(UsageError, match="the model has no class 'stranger'"):
         evaluate(EvaluateConfig(model=str(probed), data=str(tmp_path / "in"), out=str(tmp_path / "out")))
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_against_compares_out_of_fold_predictions_of_the_same_folds(
+    probed: Path, phantoms: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    other, apart = tmp_path / "other", tmp_path / "apart"
+    transfer(config(phantoms, other, init=str(pretrained.run), task="knn"))
+    transfer(config(phantoms, apart, init=str(pretrained.run), task="knn", seed=3))
+    summary = evaluate(EvaluateConfig(model=str(probed), against=(str(other),), out=str(tmp_path / "out")))
+    own, theirs = (storage.read_json(run / "summary.json") for run in (probed, other))
+    assert summary["protocol"] == own["protocol"] and summary["images"] == 106
+    found = summary["against"]["other"]
+    for name in metrics.NAMES:
+        assert summary["metrics"][name]["value"] == pytest.approx(own["metrics"][name]["value"]), name
+        assert found["own"][name]["value"] == pytest.approx(theirs["metrics"][name]["value"]), name
+        expected = own["metrics"][name]["value"] - theirs["metrics"][name]["value"]
+        assert found["metrics"][name]["difference"] == pytest.approx(expected), name
+        assert set(found["metrics"][name]) == {"difference", "ci95", "p", "p_holm"}
+    assert found["mcnemar"]["p_holm"] == found["mcnemar"]["p_group"] and found["delong"] is None
+    assert rows_of(tmp_path / "out" / "predictions.parquet") == rows_of(probed / "predictions.parquet")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert (
+        "Comparison" in page and "is ahead of" in page and (tmp_path / "out" / "figures" / "differences.png").is_file()
+    )
+    with pytest.raises(UsageError, match=r"judgements have other folds; make --seed \(3 and 0\) equal"):
+        evaluate(EvaluateConfig(model=str(probed), against=(str(apart),), out=str(tmp_path / "refused")))
+    with pytest.raises(UsageError, match="is named twice"):
+        evaluate(EvaluateConfig(model=str(probed), against=(f"{probed}/model",), out=str(tmp_path / "refused")))
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_against_judges_all_models_on_unseen_images_and_refuses_what_any_of_them_saw(
+    probed: Path, unseen: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"  # has seen nothing of `phantoms`
+    data = tmp_path / "data"
+    ingest(IngestConfig("phantom:120", out=str(data), image_size="32", seed=4))
+    transfer(config(data, other, init="none", model="test_vit", image_size="32"))
+    both: dict[str, Any] = {"model": str(other), "against": (str(probed),)}
+    summary = evaluate(EvaluateConfig(**both, data=str(unseen), out=str(tmp_path / "both")))
+    assert summary["protocol"]["split"] == "unseen" and summary["seen"] == 0
+    found = summary["against"][probed.name]
+    for run, values in ((other, summary["metrics"]), (probed, found["own"])):
+        alone = evaluate(EvaluateConfig(model=str(run), data=str(unseen), out=str(tmp_path / f"alone-{run.name}")))
+        assert "against" not in alone
+        assert values == alone["metrics"]
+    for name, metric in found["metrics"].items():
+        expected = summary["metrics"][name]["value"] - found["own"][name]["value"]
+        assert metric["difference"] == pytest.approx(expected), name
+    with pytest.raises(UsageError, match=rf"106 of 106 images were seen in the \(pre\)training of {probed}"):
+        evaluate(EvaluateConfig(**both, data=str(phantoms), out=str(tmp_path / "refused")))
+    assert not (tmp_path / "refused").exists()
 
 
 # predict and embed

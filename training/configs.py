@@ -217,10 +217,12 @@ class EvaluateConfig(Config):
     _: KW_ONLY
     model: str
     "A RUN of transfer, or its model folder."
-    data: str
-    "A labelled DATASET, or any SOURCE that ingest takes, that the model has not seen."
+    data: str | None = None
+    "A labelled DATASET, or any SOURCE that ingest takes, that the models have not seen."
     out: str
     "Where the report goes."
+    against: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    "RUNs that the model is compared with; without --data by the out-of-fold predictions of the same folds."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     allow_seen: bool = False
@@ -235,6 +237,14 @@ class EvaluateConfig(Config):
     "Pictures of the data in report.html."
     overwrite: bool = False
     "Throw away what is at --out."
+
+    def __post_init__(self) -> None:
+        if self.data is None and not self.against:
+            raise UsageError(
+                f"evaluate --model {self.model}: give unseen images by --data, or RUNs to compare with by --against"
+            )
+        if self.data is None and self.where:
+            raise UsageError(f"--where {' '.join(self.where)}: chooses rows of --data, which is not given")
 
 
 @Parameter(name="*")

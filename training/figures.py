@@ -180,6 +180,41 @@ def probes(
     _save(figure, path)
 
 
+def forest(series: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, xlabel: str) -> None:
+    """Draws differences as points with intervals around a line at 0: name -> row -> (value, low, high).
+
+    Rows are those of the first entry, from top to bottom; each entry has its colour and marker. NaN leaves a row empty.
+    """
+    names = list(next(iter(series.values())))
+    spread = 0.7 if len(series) > 1 else 0.0
+    figure, axes = _figure(6.4, 0.9 + len(names) * (0.32 + 0.13 * (len(series) - 1)) + 0.22 * len(series))
+    for i, (name, rows) in enumerate(series.items()):
+        value, low, high = np.asarray([rows[row] for row in names], dtype=np.float64).T
+        shift = spread * ((i + 0.5) / len(series) - 0.5)
+        ends = np.stack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
+        axes.errorbar(
+            value,
+            np.arange(len(names)) + shift,
+            xerr=ends,
+            fmt="osD^v"[i % 5],
+            color=COLOURS[i % len(COLOURS)],
+            markersize=5,
+            linewidth=1.5,
+            capsize=3,
+            label=name.replace("$", r"\$"),
+        )
+    axes.axvline(0, color="#555555", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(3, len(series)))
+    _plain(axes)
+    _save(figure, path)
+
+
 def search_history(
     points: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, ylabel: str, failed: Sequence[int] = ()
 ) -> None:

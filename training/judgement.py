@@ -1,4 +1,4 @@
-"""Judged predictions: their figures, and the reports of `transfer` and `evaluate`."""
+"""Judged predictions: their figures, the sections that reports share, and the report of `transfer`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from training import calibration, figures, metrics, report
 from training.artifact import ModelCard
-from training.configs import EvaluateConfig, TransferConfig
+from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.fit import FoldResult, Labels
 
@@ -110,14 +110,18 @@ def metrics_table(values: dict[str, Any], caption: str) -> report.Table:
     return report.Table(["metric", "value [95 % interval]", "meaning"], rows, caption)
 
 
-def _data_section(dataset: Dataset, selection: Selection, classes: Sequence[str]) -> report.Section:
-    counts = dataset.info["counts"]
-    labels, groups = selection.column("label"), selection.column("group")
+def class_table(labels: Sequence[str], groups: Sequence[str], classes: Sequence[str], caption: str) -> report.Table:
+    """Images and groups of each class; `labels` and `groups` hold one entry per image."""
     tally = Counter(labels)
     rows = [
         [name, f"{tally[name]:,}", f"{len({g for g, n in zip(groups, labels, strict=True) if n == name}):,}"]
         for name in classes
     ]
+    return report.Table(["class", "images", "groups"], rows, caption)
+
+
+def data_section(dataset: Dataset, selection: Selection, classes: Sequence[str]) -> report.Section:
+    counts = dataset.info["counts"]
     return report.Section(
         "Data",
         [
@@ -126,12 +130,12 @@ def _data_section(dataset: Dataset, selection: Selection, classes: Sequence[str]
                 f"{counts['duplicate']:,} byte-identical copies left out, {counts['quarantined']:,} unreadable. "
                 f"The largest group holds {counts['largest_group_fraction']:.1%} of the images."
             ),
-            report.Table(["class", "images", "groups"], rows, "Labelled images used here"),
+            class_table(selection.column("label"), selection.column("group"), classes, "Labelled images used here"),
         ],
     )
 
 
-def _result_section(out: Path, judged: Judged, caption: str, learning: bool) -> report.Section:
+def result_section(out: Path, judged: Judged, caption: str, learning: bool) -> report.Section:
     blocks: list[Any] = [metrics_table(judged.metrics, caption)]
     folder = out / "figures"
     blocks += [
@@ -187,37 +191,9 @@ def write_transfer_report(
     ]
     sections = [
         report.Section("Protocol", protocol),
-        _data_section(dataset, selection, judged.classes),
-        _result_section(out, judged, "Pooled out-of-fold predictions", learning=True),
+        data_section(dataset, selection, judged.classes),
+        result_section(out, judged, "Pooled out-of-fold predictions", learning=True),
         *([curve] if curve else []),
         report.Section("The model", model),
     ]
     report.write_report(out / "report.html", title=f"Transfer: {out.name}", sections=sections, images=config.images)
-
-
-def write_evaluation_report(
-    out: Path,
-    config: EvaluateConfig,
-    dataset: Dataset,
-    selection: Selection,
-    judged: Judged,
-    card: ModelCard,
-    seen: int,
-) -> None:
-    """report.html of an evaluation."""
-    protocol: list[Any] = [
-        report.Text(
-            f"The model of {config.model} on images that it has not seen; intervals come from a bootstrap over groups. "
-            "Images are compared by their bytes with those of the model's training and pretraining."
-        )
-    ]
-    if seen:
-        protocol.append(
-            report.Warning(f"{seen:,} of these images are of the model's own lineage: the figures are too good.")
-        )
-    sections = [
-        report.Section("Protocol", protocol),
-        _data_section(dataset, selection, judged.classes),
-        _result_section(out, judged, "Predictions of the model as it is served", learning=False),
-    ]
-    report.write_report(out / "report.html", title=f"Evaluation: {out.name}", sections=sections, images=config.images)

@@ -6,7 +6,7 @@ resamples at once. In the code below, G counts groups, B resamples, N rows of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypedDict
@@ -14,6 +14,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
+from scipy.special import ndtr, stdtrit
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -163,25 +164,64 @@ def summarise(
 
     `value` pools the out-of-fold predictions of a repeat and averages over repeats; of `auroc` it is the mean over
     folds, then repeats, since scores of different fits do not rank against each other. `per_fold` is in order of
-    (repeat, fold). `ci95` is the 2.5 to 97.5 percentile of a bootstrap over groups (Efron & Tibshirani, 1993): as
-    many groups as there are, drawn with replacement, each bringing all of its rows in all folds and repeats.
+    (repeat, fold). `ci95` is the 95 % percentile interval of a bootstrap over groups (Efron & Tibshirani, 1993): as
+    many groups as there are, drawn with replacement, each bringing all of its rows in all folds and repeats. Its
+    percentiles are those of `tail_share`, since 2.5 and 97.5 are too narrow for few groups (on simulated patients they
+    covered 91 to 93 % with 20 groups, 94 to 95 % with 60). What counts is the number of groups behind a figure: where
+    one class has few, the interval of `balanced_accuracy` is still too narrow.
     Resampling is not stratified, neither by class nor by fold: prevalence is taken to be random, and a class that a
     resample lacks is skipped as it is in the metric. The fits are held fixed, so the spread over training sets is
     not in the interval. A resample's noise can only widen the bin gaps of `ece`, so its interval is moved back by the
     bootstrap's estimate of that bias. Fewer than two groups give no interval.
     """
     table = _Table.checked(truth, probabilities, group, fold, repeat)
-    point = table.evaluate(np.ones((table.groups, 1)))[:, 0]
-    draws = np.concatenate([table.evaluate(w) for w in _resamples(table, resamples, seed)], axis=1)
+    ((point, draws),) = _drawn([table], resamples, seed)
     per_fold = [_evaluate([part], np.ones((table.groups, 1)))[:, 0] for parts in table.repeats for part in parts]
     return {
         name: Metric(
             value=_number(point[i]),
-            ci95=_interval(draws[i], point[i], unbias=name == "ece") if table.groups > 1 else [None, None],
+            ci95=_interval(draws[i], point[i], table.groups, unbias=name == "ece"),
             per_fold=[_number(values[i]) for values in per_fold],
         )
         for i, name in enumerate(NAMES)
     }
+
+
+class Draws(NamedTuple):
+    """Every metric of one side of a comparison, in the order of `NAMES`; NaN where undefined."""
+
+    point: Floats
+    """[len(NAMES)]"""
+    resampled: Floats
+    """[len(NAMES), B]; column b of every side is of the same resample of groups."""
+
+
+def paired_draws(
+    truth: ArrayLike,
+    sides: Sequence[ArrayLike],
+    *,
+    group: ArrayLike,
+    fold: ArrayLike,
+    repeat: ArrayLike,
+    resamples: int,
+    seed: int,
+) -> list[Draws]:
+    """Every metric of several probability arrays [M,C] over the same rows, under the same resamples of groups.
+
+    Rows, values and resampling are those of `summarise`: the draws of one side are what its intervals come from.
+    """
+    tables = [_Table.checked(truth, probabilities, group, fold, repeat) for probabilities in sides]
+    return _drawn(tables, resamples, seed)
+
+
+def tail_share(groups: int) -> float:
+    """Share of resamples outside each end of a 95 % percentile interval: 0.025 for many groups, less for few.
+
+    A resample of G groups varies by (G - 1) / G of what it should, and its percentiles are as narrow as if the variance
+    were known. Both are mended by taking the percentiles at which a normal distribution has the width of Student's
+    interval: the expanded percentile interval of Hesterberg (2015).
+    """
+    return float(ndtr(stdtrit(groups - 1, 0.025) * np.sqrt(groups / (groups - 1))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +304,16 @@ def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
     return np.stack([*(metric(confusions) for metric in OF_CONFUSION.values()), areas, errors])
 
 
+def _drawn(tables: Sequence[_Table], resamples: int, seed: int) -> list[Draws]:
+    """Values of tables over the same rows, as they are and resampled."""
+    pieces = [[table.evaluate(w) for table in tables] for w in _resamples(tables[0], resamples, seed)]
+    whole = np.ones((tables[0].groups, 1))
+    return [
+        Draws(table.evaluate(whole)[:, 0], np.concatenate(drawn, axis=1))
+        for table, drawn in zip(tables, zip(*pieces, strict=True), strict=True)
+    ]
+
+
 def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:
     """Weights [G,b] of all resamples, in pieces that fit in memory."""
     rng, groups = np.random.default_rng(seed), table.groups
@@ -276,11 +326,12 @@ def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:
         yield np.ascontiguousarray(counts.T, dtype=np.float64)
 
 
-def _interval(draws: Floats, point: float, *, unbias: bool) -> list[float | None]:
+def _interval(draws: Floats, point: float, groups: int, *, unbias: bool) -> list[float | None]:
     defined = draws[~np.isnan(draws)]
-    if not len(defined) or np.isnan(point):
+    if not len(defined) or np.isnan(point) or groups < 2:
         return [None, None]
-    ends = np.percentile(defined, [2.5, 97.5])
+    share = tail_share(groups)
+    ends = np.quantile(defined, [share, 1 - share])
     if unbias:
         ends = np.clip(ends - (defined.mean() - point), 0, 1)
     return [float(end) for end in ends]

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.settings import dump_yaml
-from training import figures, metrics, report
+from training import figures, report
 from training.judgement import WORDS
 from tuning.configs import FIXED, TuneConfig
 from tuning.ledger import Record, by_rank
@@ -20,7 +19,6 @@ from tuning.spaces import Range, Space
 from tuning.trial import IN_FULL, VALIDATION
 
 OBJECTIVE = "balanced accuracy on the validation groups"
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,26 +32,6 @@ class Judgement:
 
     def as_dict(self) -> dict[str, Any]:
         return {"best": self.best, "default": self.default, "difference": self.difference}
-
-
-def paired_difference(
-    truth: np.ndarray, ours: np.ndarray, theirs: np.ndarray, groups: list[str], *, seed: int
-) -> dict[str, Any]:
-    """Balanced accuracy of probabilities `ours` [N, K] less that of `theirs`, with a paired bootstrap over groups."""
-    names, place = np.unique(groups, return_inverse=True)
-    classes = ours.shape[1]
-    counts = np.zeros((2, len(names), classes, classes))
-    for side, probabilities in enumerate((ours, theirs)):
-        np.add.at(counts[side], (place, truth, probabilities.argmax(axis=1)), 1)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    value, spread = (_difference(counts, weights) for weights in (np.ones((1, len(names))), draws))
-    low, high = np.nanpercentile(spread, [2.5, 97.5]).tolist() if len(names) > 1 else (None, None)
-    return {"value": float(value[0]), "ci95": [low, high]}
-
-
-def _difference(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    ours, theirs = (metrics.balanced_accuracy(np.tensordot(weights, side, axes=1)) for side in counts)
-    return np.asarray(ours - theirs)
 
 
 def write_trials(path: Path, records: list[Record], space: Space) -> None:

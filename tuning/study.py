@@ -17,6 +17,7 @@ from cluster.outdir import OutDir
 from cluster.progress import Bar, progress, say
 from cluster.session import cores, session
 from training import metrics
+from training.compare import differences
 from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
 from training.fit import refit_and_judge
@@ -31,7 +32,6 @@ from tuning.ledger import Ledger, Record, best_of
 from tuning.report import (
     Judgement,
     draw_history,
-    paired_difference,
     verdict,
     write_best,
     write_trials,
@@ -136,22 +136,27 @@ class _Search:
         contenders = {0: self.records[0], self.best.number: self.best}
         fits = self._fits([r for r in contenders.values() if r.value is not None], pixels)
         best, default = fits[self.best.number], fits.get(0)
-        truth, groups = self.truth[self.sides.held_out], [self.groups[r] for r in self.sides.held_out]
-        seed = self.config.seed
         return Judgement(
             self._metrics(best),
             None if default is None else self._metrics(default),
-            None if default is None else paired_difference(truth, best, default, groups, seed=seed),
+            None if default is None else self._gain(best, default),
         )
 
     def _metrics(self, probabilities: np.ndarray) -> dict[str, Any]:
+        truth, rows = self._held_out()
+        return dict(metrics.summarise(truth, probabilities, **rows))
+
+    def _gain(self, best: np.ndarray, default: np.ndarray) -> dict[str, Any]:
+        truth, rows = self._held_out()
+        (found,) = differences(truth, best, [default], **rows)
+        return {"value": found["balanced_accuracy"]["difference"], "ci95": found["balanced_accuracy"]["ci95"]}
+
+    def _held_out(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """Truth [M] of the held-out rows, and what their metrics need besides."""
         rows = self.sides.held_out
         zeros = np.zeros(len(rows), dtype=np.int64)
         groups = [self.groups[r] for r in rows]
-        found = metrics.summarise(
-            self.truth[rows], probabilities, group=groups, fold=zeros, repeat=zeros, seed=self.config.seed
-        )
-        return dict(found)
+        return self.truth[rows], {"group": groups, "fold": zeros, "repeat": zeros, "seed": self.config.seed}
 
     def _fits(self, records: list[Record], pixels: np.ndarray) -> dict[int, np.ndarray]:
         """Probabilities of the held-out rows by number; fits that an earlier process finished are read."""

@@ -83,6 +83,19 @@ def test_probes_show_scores_chance_and_rank_and_the_rank_alone_without_scores(tm
     assert alone.shape[0] < both.shape[0] and not holds_colour(alone, (0x00, 0x72, 0xB2), share=0.0001)
 
 
+def test_a_forest_plot_shows_each_series_and_leaves_undefined_rows_empty(tmp_path: Path) -> None:
+    gap = (np.nan, np.nan, np.nan)
+    one = {"accuracy": (0.1, 0.02, 0.18), "kappa": (-0.2, -0.3, -0.1), "auroc": gap}
+    figures.forest({"against $x_{": one}, tmp_path / "a.png", "difference")
+    alone = opened(tmp_path / "a.png")
+    assert holds_colour(alone, (0x00, 0x72, 0xB2), share=0.001)
+    figures.forest({"a": one, "b": dict.fromkeys(one, (0.1, 0.0, 0.2))}, tmp_path / "b.png", "difference")
+    both = opened(tmp_path / "b.png")
+    assert both.shape[0] > alone.shape[0] and holds_colour(both, (0xD5, 0x5E, 0x00), share=0.001)
+    figures.forest({"nothing": {"auroc": gap}}, tmp_path / "c.png", "difference")
+    opened(tmp_path / "c.png")
+
+
 @pytest.mark.parametrize(("shape", "k"), [((32, 32, 3), 4), ((24, 60, 1), 1), ((60, 24, 3), 2)])
 def test_reconstructions_show_three_rows_of_pictures(shape: tuple[int, int, int], k: int, tmp_path: Path) -> None:
     black, dark, light = (np.full((k, *shape), level, dtype=np.uint8) for level in (0, 120, 200))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 from sklearn import metrics as sk
 
-from training.metrics import NAMES, auroc, confusion, ece, reliability, summarise
+from training.metrics import NAMES, auroc, confusion, ece, reliability, summarise, tail_share
 
 Arrays = dict[str, Any]
 
@@ -145,7 +146,7 @@ def test_the_interval_is_the_percentile_of_recomputing_each_resample_of_groups()
         for name in NAMES:
             values[name].append(float(np.mean([v[name] for v in per_repeat])))
     for name in NAMES:
-        expected = np.percentile(values[name], [2.5, 97.5])
+        expected = np.quantile(values[name], [tail_share(len(names)), 1 - tail_share(len(names))])
         if name == "ece":
             expected = expected - np.mean(values[name]) + np.float64(result[name]["value"] or 0)
         assert result[name]["ci95"] == pytest.approx(expected.clip(0, 1), abs=1e-12), name
@@ -168,6 +169,18 @@ def test_the_interval_covers_the_truth_for_correlated_rows_where_one_that_ignore
             covered[unit] += low <= accuracy <= high
     assert 0.89 <= covered["groups"] / studies <= 0.99
     assert covered["rows"] / studies < 0.8
+
+
+def test_the_percentiles_of_resampled_means_of_normal_values_are_the_ends_of_students_interval() -> None:
+    for n in (2, 5, 20, 60, 1000):
+        values = np.random.default_rng(n).normal(size=n)
+        resampled = norm(values.mean(), values.std() / n**0.5)  # what the mean of a resample has, for large n
+        students = t(n - 1, values.mean(), values.std(ddof=1) / n**0.5).interval(0.95)
+        share = tail_share(n)
+        if n > 2:  # beyond, the normal distribution has no probability left that a number could hold
+            assert (resampled.ppf(share), resampled.ppf(1 - share)) == pytest.approx(students)
+        assert share <= 0.025
+    assert tail_share(10**6) == pytest.approx(0.025, abs=1e-6)
 
 
 def test_every_interval_holds_its_value() -> None:

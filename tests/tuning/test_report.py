@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tuning.ledger import Outcome, Record
-from tuning.report import Judgement, paired_difference, verdict
+from tuning.report import Judgement, verdict
 
 WINNER = Record(4, {}, Outcome("complete", (0.9,)))
 METRIC = {"balanced_accuracy": {"value": 0.7, "ci95": [0.6, 0.8], "per_fold": [0.7]}}
@@ -36,22 +35,3 @@ def test_the_verdict_says_when_the_defaults_won_or_failed() -> None:
     defaults = Record(0, {}, Outcome("complete", (0.9,)))
     assert verdict(defaults, judged(0, 0)).startswith("No trial did better than the defaults")
     assert verdict(WINNER, Judgement(METRIC, None, None)).endswith("The defaults failed.")
-
-
-def test_the_paired_difference_is_that_of_the_recalls_and_its_interval_pairs_the_images() -> None:
-    rng = np.random.default_rng(0)
-    truth, groups = np.arange(120) % 3, [f"g{at // 4}" for at in range(120)]
-    ours, theirs = rng.dirichlet(np.ones(3), 120), rng.dirichlet(np.ones(3), 120)
-    ours[::2] = theirs[::2] = np.eye(3)[truth[::2]]
-
-    def recalls(p: np.ndarray) -> float:
-        return float(np.mean([(p.argmax(axis=1) == truth)[truth == c].mean() for c in range(3)]))
-
-    found = paired_difference(truth, ours, theirs, groups, seed=0)
-    assert found["value"] == pytest.approx(recalls(ours) - recalls(theirs))
-    low, high = found["ci95"]
-    assert low < found["value"] < high
-    same = paired_difference(truth, ours, ours, groups, seed=0)
-    assert same == {"value": 0.0, "ci95": [0.0, 0.0]}
-    one = paired_difference(truth, ours, theirs, ["g"] * 120, seed=0)
-    assert one["ci95"] == [None, None]
