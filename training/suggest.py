@@ -26,9 +26,9 @@ from training.inference import embed
 from training.ingest import resolve_data
 from training.lineage import seen_by, short_digests
 from training.suggestions import (
+    ALIKE,
     DOUBT,
     GUESS,
-    KIND,
     LOOK_AGAIN,
     SHEET_IMAGES,
     TO_LABEL,
@@ -44,15 +44,11 @@ CROSS_VALIDATION, MODEL, NEIGHBOURS = "cross-validation", "model", "neighbours"
 """What a label was judged by: the RUN's own out-of-fold predictions, the model, which has never seen the image nor its
 group, or the labels of the most similar images of other groups."""
 
-UNCERTAIN_WORDS = (
-    "Chosen among the images of which the model is least sure, so that they differ from each other, and of one group "
-    "(patient, slide) no more than allowed: ten pictures of one patient teach little more than one."
-)
-TYPICAL_WORDS = (
-    "The model has no classes to be unsure of, so the images are typical ones: those without a label were sorted into "
-    "kinds by their looks, and of each large kind without a label yet, the image most like the others was taken. No "
-    "group (patient, slide) is asked more often than allowed. Label these first, train with `rayograph transfer`, and "
-    "ask again with that run."
+HOW = (
+    "Those without a label were sorted into kinds by their looks. Of each kind that has no label yet, the largest "
+    "first, the image most like the others was taken. No group (patient, slide) is asked more often than allowed: ten "
+    "pictures of one patient teach little more than one. Images that a model is unsure of were tried instead, and "
+    "taught no more than images drawn by chance."
 )
 
 
@@ -96,7 +92,7 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
         sheets = [
             Sheet(name, columns, found, _pixels(dataset, rows, found))
             for name, columns, found in (
-                (TO_LABEL, KIND if card.head == "none" else GUESS, next_ones),
+                (TO_LABEL, ALIKE if card.head == "none" else ALIKE + GUESS, next_ones),
                 (LOOK_AGAIN, DOUBT, wrong),
             )
         ]
@@ -181,35 +177,33 @@ def _to_label(config: SuggestConfig, model: Model, rows: Rows, features: np.ndar
     """(the images worth labelling, in words how they were chosen)."""
     if not len(rows.unlabelled):
         return [], "Every image has a label already, so there is none to suggest."
+    pool = rows.unlabelled
     budget = choose.Budget(config.n, config.per_group, config.seed)
-    pool, groups = rows.unlabelled, rows.groups
-    if model.card.head == "none":
-        chosen, sizes = choose.typical(features, rows.labelled, pool, groups, budget)
-        found = [
-            Suggestion(int(row), f"typical of {size:,} images that look alike", f"one of {size:,} alike", (int(size),))
-            for row, size in zip(chosen, sizes, strict=True)
-        ]
-        how = TYPICAL_WORDS
-    else:
-        probabilities = model.classify(features)
-        chosen = choose.uncertain(features, probabilities, pool, groups, budget)
-        found = [_guess(int(row), probabilities[row], model.card.classes) for row in chosen]
-        how = UNCERTAIN_WORDS
+    chosen, sizes = choose.typical(features, rows.labelled, pool, rows.groups, budget)
+    known = model.card.head != "none"
+    guesses = model.classify(features[chosen]) if known else np.empty((len(chosen), 0))
+    found = [
+        _suggestion(int(row), int(size), guess, model.card.classes)
+        for row, size, guess in zip(chosen, sizes, guesses, strict=True)
+    ]
     if len(found) < config.n:
         say(
             f"note: {len(found):,} of --n {config.n:,} images suggested: the unlabelled ones are of "
-            f"{len(set(groups[pool])):,} groups, and of each at most --per-group {config.per_group}"
+            f"{len(set(rows.groups[pool])):,} groups, and of each at most --per-group {config.per_group}"
         )
-    return found, how
+    return found, HOW
 
 
-def _guess(row: int, probabilities: np.ndarray, classes: tuple[str, ...]) -> Suggestion:
+def _suggestion(row: int, size: int, probabilities: np.ndarray, classes: tuple[str, ...]) -> Suggestion:
+    """One image to label; without classes nothing is guessed."""
+    reason, alike = f"typical of {size:,} images that look alike", f"one of {size:,} alike"
+    if not classes:
+        return Suggestion(row, reason, alike, (size,))
     first, second = np.argsort(-probabilities, kind="stable")[:2]
-    values = (classes[first], float(probabilities[first]), classes[second], float(probabilities[second]))
+    guesses = (classes[first], float(probabilities[first]), classes[second], float(probabilities[second]))
     uncertainty = float(choose.uncertainty(probabilities[None])[0])
-    shown = f"{_leaf(classes[first])} {values[1]:.0%}\n{_leaf(classes[second])} {values[3]:.0%}"
-    reason = f"the model wavers between {classes[first]} and {classes[second]}"
-    return Suggestion(row, reason, shown, (*values, uncertainty))
+    shown = f"{alike}\n{_leaf(classes[first])} {guesses[1]:.0%}\n{_leaf(classes[second])} {guesses[3]:.0%}"
+    return Suggestion(row, reason, shown, (size, *guesses, uncertainty))
 
 
 def _leaf(name: str) -> str:

@@ -18,8 +18,8 @@ SHEET_IMAGES = 60
 """Pictures on a contact sheet, at most; the list has them all."""
 TO_LABEL, LOOK_AGAIN = "to_label", "look_again"
 KNOWN = ("image_id", "path", "frame", "group", "case")
+ALIKE = ("images_alike",)
 GUESS = ("top_class", "probability", "second_class", "second_probability", "uncertainty")
-KIND = ("images_alike",)
 DOUBT = ("label", "looks_like", "probability_of_label", "probability_of_looks_like", "margin", "judged_by")
 
 
@@ -94,8 +94,8 @@ def write_suggestions_report(folder: Path, to_label: Sheet, look_again: Sheet, t
 def _asked(told: Told) -> str:
     return (
         f"{told.unlabelled:,} images without a label ({told.groups:,} groups, such as patients or slides) and "
-        f"{told.labelled:,} with one were looked at through the model {told.model}. Two lists came of it: images whose "
-        "label would teach the model most, and labels that look wrong to it."
+        f"{told.labelled:,} with one were looked at through the model {told.model}. Two lists came of it: images worth "
+        "a label, and labels that look wrong to it."
     )
 
 
@@ -103,8 +103,8 @@ def _to_label(folder: Path, sheet: Sheet, told: Told) -> list[report.Block]:
     if not sheet.suggestions:
         return [report.Text(told.how)]
     blocks: list[report.Block] = [report.Text(told.how), report.Text(_listed(sheet))]
-    if sheet.columns == GUESS:
-        counts = Counter(str(one.values[0]) for one in sheet.suggestions)
+    if sheet.columns != ALIKE:
+        counts = Counter(str(one.values[1]) for one in sheet.suggestions)
         rows = [[name, f"{count:,}"] for name, count in counts.most_common()]
         blocks.append(report.Table(["the model's first guess", "images"], rows, "What is suggested"))
     caption = "Below each: its rank, and what the model makes of it. Label what is there, not what the model guesses."

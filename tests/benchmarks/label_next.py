@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 from scipy.stats import t as student
+from sklearn.cluster import KMeans
 
 from tests.benchmarks.results import CACHE, DATA, STUDIES, run, transfers
 from training import calibration, choose, doubt
@@ -33,6 +34,8 @@ from training.splits import cross_validation, hold_out
 from training.tasks.frozen import logistic
 
 KEPT = CACHE / "label-next"
+VERSION = 1
+"""Raised whenever what is measured here changes: repeats kept from before are then measured again."""
 REPEATS = 20
 HELD = 1 / 3
 """Share of the groups that judge."""
@@ -99,7 +102,9 @@ class Round:
         return choose.uncertainty(self.probabilities)
 
     def one_of_each_group(self, rows: np.ndarray) -> np.ndarray:
-        return choose.within_groups(rows, self.data.groups, 1)[: self.count]
+        """`rows`, in order, less those of a group that was there before."""
+        _, first = np.unique(self.data.groups[rows], return_index=True)
+        return np.asarray(rows[np.sort(first)])
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -118,12 +123,21 @@ def random_groups(now: Round) -> np.ndarray:
 
 
 def most_uncertain(now: Round) -> np.ndarray:
-    return now.one_of_each_group(now.pool[np.argsort(-now.doubt[now.pool], kind="stable")])
+    """The smallest margins between the two likeliest classes, one image of each group."""
+    return now.one_of_each_group(now.pool[np.argsort(-now.doubt[now.pool], kind="stable")])[: now.count]
 
 
 def uncertain_and_different(now: Round) -> np.ndarray:
-    assert now.probabilities is not None
-    return choose.uncertain(now.data.features, now.probabilities, now.pool, now.data.groups, now.budget)
+    """Of the 10 x count most uncertain, the nearest to each centre of a k-means weighted by it: Zhdanov, 2019."""
+    order = now.one_of_each_group(now.pool[np.argsort(-now.doubt[now.pool], kind="stable")])
+    shortlist = order[: 10 * now.count]
+    if len(shortlist) <= now.count:
+        return shortlist
+    vectors, weights = unit(now.data.features[shortlist]), np.maximum(now.doubt[shortlist], 1e-6)
+    fitted = KMeans(now.count, n_init=1, random_state=now.seed).fit(vectors, sample_weight=weights)
+    far = np.linalg.norm(vectors - fitted.cluster_centers_[fitted.labels_], axis=1)
+    nearest = np.lexsort((far, fitted.labels_))
+    return np.asarray(shortlist[nearest[np.unique(fitted.labels_[nearest], return_index=True)[1]]])
 
 
 def typical(now: Round) -> np.ndarray:
@@ -167,11 +181,11 @@ STRATEGIES: dict[str, Callable[[Round], np.ndarray]] = {
     "random groups": random_groups,
     "most uncertain": most_uncertain,
     "uncertain and different": uncertain_and_different,
-    "typical": typical,
+    "typical (suggest)": typical,
     "k-centre": k_centre,
     "BADGE": badge,
 }
-BLIND = (CHANCE, "random groups", "typical", "k-centre")
+BLIND = (CHANCE, "random groups", "typical (suggest)", "k-centre")
 """Those that need no classes."""
 
 
@@ -188,6 +202,7 @@ class Scenario:
 
 SCENARIOS = {
     "few": Scenario("20 labelled groups, then rounds of 20 images", 20, 20, 6, tuple(STRATEGIES)),
+    "many": Scenario("100 labelled groups, then rounds of 20 images", 100, 20, 3, tuple(STRATEGIES)),
     "none": Scenario("no label at first, then rounds of 20 images", 0, 20, 3, BLIND),
 }
 
@@ -343,8 +358,8 @@ def wrong(name: str) -> Iterator[str]:
 
 def kept(key: str, compute: Callable[[], list[float]]) -> list[float]:
     """What `compute` gives, from disk where it was computed before by the same code."""
-    sources = (Path(__file__), Path(choose.__file__), Path(doubt.__file__))
-    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (choose, doubt))
+    code = hashlib.sha256(f"{VERSION}".encode() + sources).hexdigest()[:8]
     path = KEPT / code / f"{key.replace(' ', '_')}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
