@@ -89,18 +89,14 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
         model = load_model(config.model)
         next_ones, how = _to_label(config, model, rows, features)
         wrong, judged = _look_again(config, model, rows, features)
-        sheets = [
-            Sheet(name, columns, found, _pixels(dataset, rows, found))
-            for name, columns, found in (
-                (TO_LABEL, ALIKE if card.head == "none" else ALIKE + GUESS, next_ones),
-                (LOOK_AGAIN, DOUBT, wrong),
-            )
-        ]
+        columns = ALIKE if card.head == "none" else ALIKE + GUESS
+        first = Sheet(TO_LABEL, columns, next_ones, _pixels(dataset, rows, next_ones))
+        second = Sheet(LOOK_AGAIN, DOUBT, wrong, _pixels(dataset, rows, wrong))
         groups = len(set(rows.groups[rows.unlabelled]))
         told = Told(run_name(config.model), len(rows.labelled), len(rows.unlabelled), groups, how, judged)
-        for sheet in sheets:
+        for sheet in (first, second):
             write_list(out.path, rows.selection, sheet)
-        write_suggestions_report(out.path, *sheets, told, images=config.images)
+        write_suggestions_report(out.path, first, second, told, images=config.images)
         summary = {
             "images": len(rows.selection),
             "labelled": len(rows.labelled),
@@ -216,30 +212,29 @@ def _leaf(name: str) -> str:
 def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray) -> tuple[list[Suggestion], str]:
     """(the labels that look wrong, in words what they were judged by)."""
     disputed = [
-        Suggestion(int(row), "copies of this image carry different labels", "copies disagree", ("", "", "", "", "", ""))
+        Suggestion(int(row), "copies of this image carry different labels", "copies disagree", ("", "", "", "", ""))
         for row in rows.disputed[: config.n]
     ]
     also = f" {len(disputed):,} more stand first because copies of them carry different labels." if disputed else ""
     names = rows.labels[rows.labelled]
-    if rows.several or len(set(names)) < 2:
-        why = (
-            "Images with several labels at once are not judged yet." if rows.several else "Too few labels to judge any."
-        )
-        return disputed, why + also
+    if rows.several:
+        return disputed, "Images with several labels at once are not judged yet." + also
+    if len(set(names)) < 2:
+        return disputed, "There are labels of fewer than two classes, so none can look wrong." + also
     classes, probabilities, by = held_out(config.model, model, rows, features)
     y = np.searchsorted(classes, names)
     found = doubts(probabilities, y)
     suspects = [
-        _doubt(
-            int(rows.labelled[at]), classes[y[at]], classes[rival], probabilities[at, [y[at], rival]], margin, by[at]
-        )
-        for at, rival, margin in zip(found.rows, found.rivals, found.margins.tolist(), strict=True)
+        _doubt(int(rows.labelled[at]), (classes[own], classes[rival]), probabilities[at, [own, rival]], str(by[at]))
+        for at, own, rival in zip(found.rows, y[found.rows], found.rivals, strict=True)
     ]
-    share = len(suspects) / len(names)
+    agreed = float((probabilities.argmax(axis=1) == y).mean())
     words = (
-        f"Each of the {len(names):,} labels was compared with what the image looks like {_judges(by)}. "
-        f"{len(suspects):,} ({share:.0%}) look wrong by confident learning (Northcutt et al., 2021): another class is "
-        "as likely as it is for images that carry it; the least believable stand first." + also
+        f"Each of the {len(names):,} labels was compared with what its image looks like {_judges(by)}. Of "
+        f"{len(suspects):,} ({len(suspects) / len(names):.0%}) another class looks as likely as it does for images that "
+        "carry it (confident learning, Northcutt et al., 2021); the least believable stand first. What judges them "
+        f"agrees with {agreed:.0%} of all labels: the lower this is, the more of the list are hard images with a right "
+        "label." + also
     )
     return (disputed + suspects)[: config.n], words
 
@@ -253,11 +248,11 @@ def _judges(by: np.ndarray) -> str:
     return ", or ".join(words for name, words in said.items() if (by == name).any())
 
 
-def _doubt(row: int, pair: tuple[str, str], probabilities: np.ndarray, margin: float, by: str) -> Suggestion:
+def _doubt(row: int, pair: tuple[str, str], probabilities: np.ndarray, by: str) -> Suggestion:
     given, rival = pair
     own, other = (float(p) for p in probabilities)
     caption = f"{_leaf(given)} {own:.0%}\nlike {_leaf(rival)} {other:.0%}"
-    return Suggestion(row, f"looks like {rival}", caption, (given, rival, own, other, margin, str(by)))
+    return Suggestion(row, f"looks like {rival}", caption, (given, rival, own, other, by))
 
 
 def held_out(run: str, model: Model, rows: Rows, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

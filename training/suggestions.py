@@ -20,7 +20,7 @@ TO_LABEL, LOOK_AGAIN = "to_label", "look_again"
 KNOWN = ("image_id", "path", "frame", "group", "case")
 ALIKE = ("images_alike",)
 GUESS = ("top_class", "probability", "second_class", "second_probability", "uncertainty")
-DOUBT = ("label", "looks_like", "probability_of_label", "probability_of_looks_like", "margin", "judged_by")
+DOUBT = ("label", "looks_like", "probability_of_label", "probability_of_looks_like", "judged_by")
 
 
 @dataclass(frozen=True)

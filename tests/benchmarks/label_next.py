@@ -17,8 +17,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -262,7 +264,7 @@ def gain(name: str, scenario_name: str, repeats: int) -> Iterator[str]:
     curves = {
         s: np.asarray(
             [
-                kept(f"{name}-{scenario_name}-{s}-{r}", lambda s=s, r=r: curve(data, scenario, s, r))
+                kept(f"{name}-{scenario_name}-{s}-{r}", choose, partial(curve, data, scenario, s, r))
                 for r in range(repeats)
             ]
         )
@@ -345,7 +347,8 @@ def wrong(name: str) -> Iterator[str]:
                 values = [
                     kept(
                         f"{name}-{judge}-{share}-{kind}-{seed}",
-                        lambda j=judge, a=share, k=kind, s=seed: _found(data, j, a, k, like, s),
+                        doubt,
+                        partial(_found, data, judge, share, kind, like, seed),
                     )
                     for seed in range(FLIP_REPEATS)
                 ]
@@ -356,10 +359,9 @@ def wrong(name: str) -> Iterator[str]:
                 )
 
 
-def kept(key: str, compute: Callable[[], list[float]]) -> list[float]:
-    """What `compute` gives, from disk where it was computed before by the same code."""
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (choose, doubt))
-    code = hashlib.sha256(f"{VERSION}".encode() + sources).hexdigest()[:8]
+def kept(key: str, module: ModuleType, compute: Callable[[], list[float]]) -> list[float]:
+    """What `compute` gives, from disk where it was computed before by the same code of `module`."""
+    code = hashlib.sha256(f"{VERSION}".encode() + Path(str(module.__file__)).read_bytes()).hexdigest()[:8]
     path = KEPT / code / f"{key.replace(' ', '_')}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
