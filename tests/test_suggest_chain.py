@@ -18,22 +18,38 @@ from PIL import Image
 from cluster.cli import main
 from cluster.errors import UsageError
 from cluster.session import Resources
-from tests.runs import Pretrained
-from training.artifact import load_model
+from training.artifact import ModelCard, load_model, save_model
 from training.configs import IngestConfig, SuggestConfig, TransferConfig
 from training.dataset import Dataset
 from training.ingest import ingest
 from training.suggest import CROSS_VALIDATION, MODEL, NEIGHBOURS, held_out, sort_out, suggest
-from training.transfer import transfer
+from training.transfer import transfer, wanted_for
+from training.weights import initial_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def probed(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A linear probe of the pretrained RUN on its own data."""
+def encoder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RUN as `pretrain` leaves one: an encoder without classes, here with random weights."""
+    folder, dataset = tmp_path_factory.mktemp("encoder") / "run", Dataset.open(phantoms)
+    wanted = wanted_for(config_of_probe(phantoms, folder, "none", model="test_vit", image_size="32"), dataset, "cpu")
+    initial = initial_weights(wanted)
+    save_model(
+        folder / "model", ModelCard(initial.architecture, dataset.image_path, initial.input), initial.network.eval()
+    )
+    return folder
+
+
+def config_of_probe(data: Path, out: Path, init: str, **changes: Any) -> TransferConfig:
+    return TransferConfig(str(data), out=str(out), init=init, task="linear", folds=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def probed(phantoms: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A linear probe of the encoder."""
     out = tmp_path_factory.mktemp("probed") / "run"
-    transfer(TransferConfig(pretrained.config.data, out=str(out), init=str(pretrained.run), task="linear", folds=3))
+    transfer(config_of_probe(phantoms, out, str(encoder)))
     return out
 
 
@@ -117,9 +133,9 @@ def test_labels_flipped_after_the_run_are_the_first_to_look_wrong(phantoms: Path
 
 
 def test_an_encoder_without_classes_suggests_typical_images_and_judges_by_neighbours(
-    phantoms: Path, pretrained: Pretrained, tmp_path: Path
+    phantoms: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    suggest(config(pretrained.run, phantoms, tmp_path / "out"))
+    suggest(config(encoder, phantoms, tmp_path / "out"))
     found, known = listed(tmp_path / "out", "to_label"), manifest_of(phantoms)
     assert len(found) == len({row["group"] for row in found}) == 10
     assert all(known[row["image_id"]]["label"] == "" for row in found)
@@ -128,7 +144,7 @@ def test_an_encoder_without_classes_suggests_typical_images_and_judges_by_neighb
 
 
 def test_data_with_one_kind_of_images_gets_one_list_and_a_line(
-    phantoms: Path, probed: Path, pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    phantoms: Path, probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     everything = manifest_of(phantoms).values()
     name = load_model(probed).card.classes[0]
@@ -178,7 +194,7 @@ def test_out_of_fold_predictions_are_used_for_the_images_they_were_made_of(phant
 
 
 def test_copies_and_broken_files_are_never_suggested_and_copies_that_disagree_are_shown_first(
-    phantoms: Path, pretrained: Pretrained, tmp_path: Path, ray_session: Resources
+    encoder: Path, tmp_path: Path, ray_session: Resources
 ) -> None:
     source, generator = tmp_path / "images", np.random.default_rng(0)
     source.mkdir()
@@ -194,7 +210,7 @@ def test_copies_and_broken_files_are_never_suggested_and_copies_that_disagree_ar
     (source / "index.csv").write_text("\n".join(lines) + "\n")
     data = tmp_path / "dataset"
     ingest(IngestConfig(str(source), out=str(data), image_size="32", max_quarantined=0.1))
-    suggest(config(pretrained.run, data, tmp_path / "out", n=50))
+    suggest(config(encoder, data, tmp_path / "out", n=50))
     suggested = {row["path"] for row in listed(tmp_path / "out", "to_label")}
     assert suggested == {f"{number}.png" for number in range(0, 30, 3)}
     first = listed(tmp_path / "out", "look_again")[0]
