@@ -32,6 +32,7 @@ from training.configs import (
     InferenceConfig,
     IngestConfig,
     PretrainConfig,
+    SuggestConfig,
     TransferConfig,
 )
 from tuning.configs import TuneConfig
@@ -119,6 +120,13 @@ def index_check(config: IndexCheckConfig) -> object:
     return check(config)
 
 
+def suggest(config: SuggestConfig) -> object:
+    """Say which images to label next, and which labels look wrong."""
+    from training.suggest import suggest as run
+
+    return run(config)
+
+
 def serve(config: ServeConfig) -> object:
     """Answer classification and search over HTTP, with a web page."""
     from serving.serve import serve as run
@@ -162,6 +170,7 @@ VERBS: dict[str, Verb] = {
     "index build": Verb(index_build, IndexBuildConfig),
     "index search": Verb(index_search, IndexSearchConfig, resumable=False),
     "index check": Verb(index_check, IndexCheckConfig, resumable=False),
+    "suggest": Verb(suggest, SuggestConfig),
     "serve": Verb(serve, ServeConfig, resumable=False),
     "export": Verb(export, ExportConfig, resumable=False),
     "doctor": Verb(doctor, DoctorConfig, resumable=False),

@@ -120,6 +120,8 @@ EARLY: dict[str, tuple[str, int, str]] = {
     "an index of no RUN": ("index build --model empty --data images --out o", 2, "empty: not a RUN"),
     "an index that is none": ("index check --index empty", 2, "empty: not an INDEX"),
     "no neighbours": ("index search images/one.png --index empty --k 0", 2, "--k 0: must lie between 1 and 1,000"),
+    "suggestions of no RUN": ("suggest --model empty --data images --out o", 2, "empty: not a RUN"),
+    "suggestions of nothing": ("suggest --model empty --data images --out o --n 0", 2, "--n 0: must be at least 1"),
     "a service of no RUN": ("serve --model empty", 2, "empty: not a RUN"),
     "a service for everybody": ("serve --model empty --host 0.0.0.0", 2, "--host 0.0.0.0: whoever reaches this"),
     "a port that is none": ("serve --model empty --port 70000", 2, "--port 70000: must lie between 0 and 65535"),

@@ -12,6 +12,7 @@ from training.configs import (
     InferenceConfig,
     IngestConfig,
     PretrainConfig,
+    SuggestConfig,
     TransferConfig,
 )
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from training.inference import embed, predict
     from training.ingest import ingest
     from training.pretrain import pretrain
+    from training.suggest import suggest
     from training.transfer import transfer
 
 _VERBS = {
@@ -31,6 +33,7 @@ _VERBS = {
     "predict": "training.inference",
     "embed": "training.inference",
     "export": "training.export",
+    "suggest": "training.suggest",
 }
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "InferenceConfig",
     "IngestConfig",
     "PretrainConfig",
+    "SuggestConfig",
     "TransferConfig",
     "embed",
     "evaluate",
@@ -46,6 +50,7 @@ __all__ = [
     "ingest",
     "predict",
     "pretrain",
+    "suggest",
     "transfer",
 ]
 

@@ -273,6 +273,36 @@ class InferenceConfig(Config):
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class SuggestConfig(Config):
+    _: KW_ONLY
+    model: str
+    "A RUN of transfer or of pretrain, or its model folder."
+    data: str
+    "A DATASET, or any SOURCE that ingest takes: images without a label, with one, or both."
+    out: str
+    "Where the lists and contact sheets go."
+    n: int = 50
+    "Images on each list, at most."
+    per_group: int = 1
+    "Images of one group (patient, slide) suggested at a time, at most."
+    where: tuple[str, ...] = ()
+    "Keep only rows whose COLUMN=VALUE."
+    seed: int = 0
+    "Seed of what is drawn by chance."
+    device: Device = "auto"
+    "Where the model runs."
+    images: bool = True
+    "Pictures of the data in report.html."
+    overwrite: bool = False
+    "Throw away what is at --out."
+
+    def __post_init__(self) -> None:
+        self._require("n", self.n >= 1, "must be at least 1")
+        self._require("per_group", self.per_group >= 1, "must be at least 1")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class ExportConfig(Config):
     _: KW_ONLY
     model: str

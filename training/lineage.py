@@ -17,7 +17,12 @@ _BYTES = 16
 
 def own_images(selection: Selection) -> frozenset[str]:
     """Shortened sha256 of the images of a selection."""
-    return frozenset(digest[: 2 * _BYTES] for digest in selection.column("sha256"))
+    return frozenset(short_digests(selection))
+
+
+def short_digests(selection: Selection) -> list[str]:
+    """The same, one per row in order."""
+    return [digest[: 2 * _BYTES] for digest in selection.column("sha256")]
 
 
 def seen_by(run: str) -> frozenset[str]:

@@ -1,0 +1,306 @@
+"""`suggest`: which unlabelled images are worth a label next, and which labels look wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.errors import UsageError
+from cluster.progress import say
+from cluster.session import cores, session
+from training import choose
+from training.artifact import Model, load_model, model_folder, read_card, run_name
+from training.configs import InferenceConfig, SuggestConfig
+from training.dataset import Dataset, Selection
+from training.doubt import doubts, neighbour_probabilities
+from training.inference import embed
+from training.ingest import resolve_data
+from training.lineage import seen_by, short_digests
+from training.suggestions import (
+    ALIKE,
+    DOUBT,
+    GUESS,
+    LOOK_AGAIN,
+    SHEET_IMAGES,
+    TO_LABEL,
+    Sheet,
+    Suggestion,
+    Told,
+    write_list,
+    write_suggestions_report,
+)
+
+PREDICTIONS = "predictions.parquet"
+CROSS_VALIDATION, MODEL, NEIGHBOURS = "cross-validation", "model", "neighbours"
+"""What a label was judged by: the RUN's own out-of-fold predictions, the model, which has never seen the image nor its
+group, or the labels of the most similar images of other groups."""
+
+HOW = (
+    "Those without a label were sorted into kinds by their looks. Of each kind that has no label yet, the largest "
+    "first, the image most like the others was taken. No group (patient, slide) is asked more often than allowed: ten "
+    "pictures of one patient teach little more than one. Images that a model is unsure of were tried instead, and "
+    "taught no more than images drawn by chance."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The ok rows of a dataset, by what is known of them; `disputed` are those whose copies carry different labels."""
+
+    selection: Selection
+    labels: np.ndarray
+    groups: np.ndarray
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    disputed: np.ndarray
+
+    @property
+    def several(self) -> bool:
+        """Whether an image carries several labels at once."""
+        return any("|" in label for label in self.labels[self.labelled])
+
+
+def suggest(config: SuggestConfig) -> dict[str, Any]:
+    """`config.out` holds what to label next and which labels look wrong; returns its summary.
+
+    Raises:
+        UsageError: no such model or data, or there is nothing to suggest.
+    """
+    model_folder(config.model)
+    with config.open_out("suggest") as out:
+        if out.state == "done":
+            return out.summary()
+        started = time.monotonic()
+        card, _ = read_card(config.model)
+        size = f"{card.image_path.height}x{card.image_path.width}"
+        dataset = resolve_data(config.data, out=config.out, image_size=size)
+        rows = sort_out(dataset, dataset.select(config.where))
+        _require_some(config, rows)
+        features = kept_features(config, dataset, rows.selection, out.log)
+        model = load_model(config.model)
+        next_ones, how = _to_label(config, model, rows, features)
+        wrong, judged = _look_again(config, model, rows, features)
+        columns = ALIKE if card.head == "none" else ALIKE + GUESS
+        first = Sheet(TO_LABEL, columns, next_ones, _pixels(dataset, rows, next_ones))
+        second = Sheet(LOOK_AGAIN, DOUBT, wrong, _pixels(dataset, rows, wrong))
+        groups = len(set(rows.groups[rows.unlabelled]))
+        told = Told(run_name(config.model), len(rows.labelled), len(rows.unlabelled), groups, how, judged)
+        for sheet in (first, second):
+            write_list(out.path, rows.selection, sheet)
+        write_suggestions_report(out.path, first, second, told, images=config.images)
+        summary = {
+            "images": len(rows.selection),
+            "labelled": len(rows.labelled),
+            "unlabelled": len(rows.unlabelled),
+            "disputed": len(rows.disputed),
+            "unlabelled_groups": groups,
+            "to_label": len(next_ones),
+            "look_again": len(wrong),
+            "seconds": time.monotonic() - started,
+        }
+        out.finish(summary)
+        say(
+            f"done: {len(next_ones):,} images worth labelling, {len(wrong):,} labels that look wrong, "
+            f"report in {out.name('report.html')}"
+        )
+        return summary
+
+
+def sort_out(dataset: Dataset, selection: Selection) -> Rows:
+    """The rows of `selection` by what is known of them; an image without a group is its own."""
+    labels = np.asarray(selection.column("label"), dtype=object).astype(str)
+    pairs = zip(selection.column("group"), selection.column("image_id"), strict=True)
+    groups = np.asarray([group or f"image:{image}" for group, image in pairs], dtype=object).astype(str)
+    conflicts = {path for paths in dataset.info.get("conflicting_copies", []) for path in paths}
+    conflicting = np.asarray([path in conflicts for path in selection.column("path")], dtype=bool)
+    without = labels == ""
+    return Rows(
+        selection,
+        labels,
+        groups,
+        labelled=np.flatnonzero(~without),
+        unlabelled=np.flatnonzero(without & ~conflicting),
+        disputed=np.flatnonzero(without & conflicting),
+    )
+
+
+def _require_some(config: SuggestConfig, rows: Rows) -> None:
+    if not len(rows.unlabelled):
+        say(f"note: {config.data} has no unlabelled image, so none is suggested for labelling")
+        kinds = set(rows.labels[rows.labelled])
+        if len(kinds) < 2 and not len(rows.disputed):
+            raise UsageError(
+                f"{config.data}: nothing to suggest: no image is without a label, and labels of a single class "
+                "cannot look wrong"
+            )
+    elif not len(rows.labelled):
+        say(f"note: {config.data} has no label, so none can look wrong")
+
+
+def kept_features(config: SuggestConfig, dataset: Dataset, selection: Selection, log: Path) -> np.ndarray:
+    """Features float32 [N, D] of a selection under the model, kept beside `--out` by model and data."""
+    _, hashes = read_card(config.model)
+    digest = hashlib.sha256("\n".join(selection.column("image_id")).encode()).hexdigest()
+    key = hashlib.sha256(f"{hashes['model.safetensors']}\n{dataset.version}\n{digest}".encode()).hexdigest()[:12]
+    place = storage.workplace(config.out) / f".{storage.name_of(config.data)}-{key}.embeddings.parquet"
+    if place.is_file():
+        say(f"features of {len(selection):,} images: kept from before")
+    else:
+        wanted = InferenceConfig(
+            dataset.uri, model=config.model, out=str(place), where=config.where, device=config.device
+        )
+        with session(cpus=cores() + 2, log=log):
+            embed(wanted)
+    table = pq.read_table(place, columns=["image_id", "embedding"])
+    order = pc.index_in(pa.array(selection.column("image_id")), table["image_id"].combine_chunks())
+    lists = table["embedding"].take(order).combine_chunks()
+    return np.asarray(lists.flatten().to_numpy().reshape(len(lists), -1), dtype=np.float32)
+
+
+# What to label
+
+
+def _to_label(config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray) -> tuple[list[Suggestion], str]:
+    """(the images worth labelling, in words how they were chosen)."""
+    if not len(rows.unlabelled):
+        return [], "Every image has a label already, so there is none to suggest."
+    pool = rows.unlabelled
+    budget = choose.Budget(config.n, config.per_group, config.seed)
+    chosen, sizes = choose.typical(features, rows.labelled, pool, rows.groups, budget)
+    known = model.card.head != "none"
+    guesses = model.classify(features[chosen]) if known else np.empty((len(chosen), 0))
+    found = [
+        _suggestion(int(row), int(size), guess, model.card.classes)
+        for row, size, guess in zip(chosen, sizes, guesses, strict=True)
+    ]
+    if len(found) < config.n:
+        say(
+            f"note: {len(found):,} of --n {config.n:,} images suggested: the unlabelled ones are of "
+            f"{len(set(rows.groups[pool])):,} groups, and of each at most --per-group {config.per_group}"
+        )
+    return found, HOW
+
+
+def _suggestion(row: int, size: int, probabilities: np.ndarray, classes: tuple[str, ...]) -> Suggestion:
+    """One image to label; without classes nothing is guessed."""
+    reason, alike = f"typical of {size:,} images that look alike", f"one of {size:,} alike"
+    if not classes:
+        return Suggestion(row, reason, alike, (size,))
+    first, second = np.argsort(-probabilities, kind="stable")[:2]
+    guesses = (classes[first], float(probabilities[first]), classes[second], float(probabilities[second]))
+    uncertainty = float(choose.uncertainty(probabilities[None])[0])
+    shown = f"{alike}\n{_leaf(classes[first])} {guesses[1]:.0%}\n{_leaf(classes[second])} {guesses[3]:.0%}"
+    return Suggestion(row, reason, shown, (size, *guesses, uncertainty))
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+# Which labels look wrong
+
+
+def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray) -> tuple[list[Suggestion], str]:
+    """(the labels that look wrong, in words what they were judged by)."""
+    disputed = [
+        Suggestion(int(row), "copies of this image carry different labels", "copies disagree", ("", "", "", "", ""))
+        for row in rows.disputed[: config.n]
+    ]
+    also = f" {len(disputed):,} more stand first because copies of them carry different labels." if disputed else ""
+    names = rows.labels[rows.labelled]
+    if rows.several:
+        return disputed, "Images with several labels at once are not judged yet." + also
+    if len(set(names)) < 2:
+        return disputed, "There are labels of fewer than two classes, so none can look wrong." + also
+    classes, probabilities, by = held_out(config.model, model, rows, features)
+    y = np.searchsorted(classes, names)
+    found = doubts(probabilities, y)
+    suspects = [
+        _doubt(int(rows.labelled[at]), (classes[own], classes[rival]), probabilities[at, [own, rival]], str(by[at]))
+        for at, own, rival in zip(found.rows, y[found.rows], found.rivals, strict=True)
+    ]
+    agreed = float((probabilities.argmax(axis=1) == y).mean())
+    words = (
+        f"Each of the {len(names):,} labels was compared with what its image looks like {_judges(by)}. Of "
+        f"{len(suspects):,} ({len(suspects) / len(names):.0%}) another class looks as likely as it does for images "
+        "that carry it (confident learning, Northcutt et al., 2021); the least believable stand first. What judges them "
+        f"agrees with {agreed:.0%} of all labels: the lower this is, the more of the list are hard images with a right "
+        "label." + also
+    )
+    return (disputed + suspects)[: config.n], words
+
+
+def _judges(by: np.ndarray) -> str:
+    said = {
+        CROSS_VALIDATION: "to models of the run's cross-validation that were trained without it and its group",
+        MODEL: "to the model, which has seen neither it nor its group",
+        NEIGHBOURS: "by the labels of the 20 most similar images of other groups",
+    }
+    return ", or ".join(words for name, words in said.items() if (by == name).any())
+
+
+def _doubt(row: int, pair: tuple[str, str], probabilities: np.ndarray, by: str) -> Suggestion:
+    given, rival = pair
+    own, other = (float(p) for p in probabilities)
+    caption = f"{_leaf(given)} {own:.0%}\nlike {_leaf(rival)} {other:.0%}"
+    return Suggestion(row, f"looks like {rival}", caption, (given, rival, own, other, by))
+
+
+def held_out(run: str, model: Model, rows: Rows, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(classes [K] sorted, probabilities [L, K] of the labelled rows, made without their labels, what made each [L]).
+
+    The RUN's out-of-fold predictions where it has them, else the model's own answer where neither the image nor its
+    group was seen in training, else `neighbour_probabilities`. Neighbours alone where labels are not the model's.
+    """
+    names, groups = rows.labels[rows.labelled], rows.groups[rows.labelled]
+    ours = set(names) <= set(model.card.classes)
+    classes = np.asarray(sorted(model.card.classes) if ours else sorted(set(names)))
+    own = features[rows.labelled]
+    by = np.full(len(names), NEIGHBOURS, dtype=object)
+    probabilities = np.full((len(names), len(classes)), np.nan)
+    if ours:
+        order = [model.card.classes.index(name) for name in classes]
+        predicted = out_of_fold(run, model.card.classes)
+        seen = seen_by(run)
+        old = np.asarray([digest in seen for digest in short_digests(rows.selection.take(rows.labelled))])
+        ids = rows.selection.take(rows.labelled).column("image_id")
+        covered = old & np.asarray([image in predicted for image in ids])
+        fresh = ~old & ~np.isin(groups, groups[old])
+        probabilities[fresh] = model.classify(own[fresh])[:, order] if fresh.any() else probabilities[fresh]
+        for at in np.flatnonzero(covered):
+            probabilities[at] = predicted[ids[at]][order]
+        by[fresh], by[covered] = MODEL, CROSS_VALIDATION
+    rest = np.flatnonzero(by == NEIGHBOURS)
+    if len(rest):
+        labels = np.searchsorted(classes, names)
+        probabilities[rest] = neighbour_probabilities(own, labels, groups, len(classes), rest)
+    return classes, probabilities, by
+
+
+def out_of_fold(run: str, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Mean probabilities [K] over the repeats of each image that a RUN's cross-validation judged, by its id."""
+    inside = storage.name_of(run) == "model"  # of a RUN its model folder was given
+    place = storage.sibling(run, PREDICTIONS) if inside else storage.join(run, PREDICTIONS)
+    if not storage.exists(place):
+        return {}
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(place)))
+    values = np.stack([table[name].to_numpy() for name in classes], axis=1)
+    ids, member, counts = np.unique(
+        np.asarray(table["image_id"].to_pylist(), dtype=str), return_inverse=True, return_counts=True
+    )
+    total = np.zeros((len(ids), len(classes)))
+    np.add.at(total, member, values)
+    return dict(zip(ids.tolist(), total / counts[:, None], strict=True))
+
+
+def _pixels(dataset: Dataset, rows: Rows, found: list[Suggestion]) -> np.ndarray:
+    return dataset.pixels(rows.selection.take([one.row for one in found[:SHEET_IMAGES]]))
