@@ -88,14 +88,13 @@ class Looker:
 
 def maps(network: nn.Module, wanted: Input, pixels: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
     """`Looker.maps` of a timm network, asked through its own classifier where it has one."""
-    own: nn.Module = network.get_classifier()  # type: ignore[operator]
-    return Looker(network, wanted, None if isinstance(own, nn.Identity) else own).maps(pixels, classes)
+    return looker_of(network, wanted).maps(pixels, classes)
 
 
-def looker_of(network: nn.Module, wanted: Input, estimator: Any, classes: int) -> Looker:
-    """The `Looker` of a model of `classes` whose features `network` makes and, if not its own classifier,
-    a fitted scikit-learn `estimator` judges (None: the network's own)."""
-    own: nn.Module = network.get_classifier()  # type: ignore[operator]
+def looker_of(network: nn.Module, wanted: Input, estimator: Any = None, classes: int = 0) -> Looker:
+    """The `Looker` of a timm network, from now on in evaluation mode, whose features its own classifier judges or,
+    where one is given, a fitted scikit-learn `estimator` of `classes`."""
+    own: nn.Module = network.eval().get_classifier()  # type: ignore[operator]
     if estimator is not None:
         return Looker(network, wanted, linear_head(estimator, classes))
     return Looker(network, wanted, None if isinstance(own, nn.Identity) else own)
@@ -200,7 +199,7 @@ def eigen_cam(network: nn.Module, images: Tensor) -> Tensor:
     features: Tensor = network.forward_features(images)  # type: ignore[operator]
     rows = features.flatten(2).transpose(1, 2).float()
     _, _, right = torch.linalg.svd(rows, full_matrices=False)
-    found = (rows @ right[:, 0, :, None]).squeeze(-1)
+    found: Tensor = (rows @ right[:, 0, :, None]).squeeze(-1)
     found = found * torch.sign(found.sum(dim=1, keepdim=True))
     return found.clamp(min=0).reshape(len(images), *features.shape[2:])
 
