@@ -29,7 +29,7 @@ from training.evaluation_report import (
     write_evaluation_report,
 )
 from training.ingest import resolve_data
-from training.judgement import Judged, class_table, data_section, figures_of
+from training.judgement import Judged, counts_table, data_section, figures_of
 from training.lineage import own_images, seen_by
 from training.predictions import FILE, aligned, read_predictions
 from training.report import with_interval
@@ -123,7 +123,9 @@ def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -
             *([report.Warning(_LEAK)] if said["split"] == "image" else []),
         ],
     )
-    data = report.Section("Data", [class_table(labels, groups, ours.classes, "Labelled images that all models judged")])
+    data = report.Section(
+        "Data", [counts_table(labels, groups, ours.classes, "Labelled images that all models judged")]
+    )
     caption = f"Out-of-fold predictions of {next(iter(runs))}"
     return _Evidence(judged, group, others, said, len(once), 0, [protocol, data], caption)
 

@@ -284,6 +284,65 @@ def contact_sheet(images: Sequence[Pixels], captions: Sequence[str], path: Path,
     _save(figure, path)
 
 
+def overlays(images: Pixels, maps: ArrayLike | None, captions: Sequence[str], path: Path, columns: int = 3) -> None:
+    """Draws pictures [N,H,W,C] uint8 in a grid, each with its caption below and, beside it, itself under its map
+    [N,H,W] in 0..1; without maps, the pictures alone, twice as many in a line."""
+    pair = 1 if maps is None else 2
+    columns = min(len(images), columns * 2 // pair)
+    lines = -(-len(images) // columns)
+    texts = [_wrapped(caption) for caption in captions]
+    text_height = 0.15 * max(text.count("\n") + 1 for text in texts) + 0.1
+    side = 1.45
+    height = side * images.shape[1] / images.shape[2]
+    figure = Figure(figsize=(side * pair * columns, (height + text_height) * lines), layout="constrained")
+    grid = figure.subplots(lines, columns * pair, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        line, column = divmod(number, columns)
+        left: Axes = grid[line, column * pair]
+        left.set_axis_on()
+        _picture(left, image)
+        left.set_xlabel(text, fontsize=7, labelpad=3, loc="left")
+        if maps is not None:
+            right: Axes = grid[line, column * pair + 1]
+            right.set_axis_on()
+            _picture(right, _grey(image))
+            right.imshow(np.asarray(maps)[number], cmap="viridis", vmin=0, vmax=1, alpha=0.5)
+    _save(figure, path)
+
+
+def _grey(image: Pixels) -> Pixels:
+    """[H,W] of a picture [H,W,1|3], so that its colours do not mix with those of a map."""
+    return np.asarray(image[..., :3].mean(axis=-1).round(), dtype=np.uint8)
+
+
+def intervals(
+    rows: Sequence[tuple[str, float, float | None, float | None, float | None]], path: Path, xlabel: str = "value"
+) -> None:
+    """Draws (name, value, low, high, guessing level) as one line each, the first on top: a point, its interval where
+    there is one, and a mark where guessing would be."""
+    figure, axes = _figure(6.4, 0.42 * len(rows) + 1.1)
+    places = np.arange(len(rows))[::-1]
+    for place, (_, value, low, high, guess) in zip(places, rows, strict=True):
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2.2, solid_capstyle="butt")
+        axes.plot(
+            value, place, "o", color=COLOURS[0], markersize=6, label="value, 95 % interval" if not place else None
+        )
+        if guess is not None:
+            label = "guessing" if place == places[0] else None
+            axes.plot(guess, place, "|", color=COLOURS[1], markersize=16, markeredgewidth=2.2, label=label)
+    lowest = min([0.0, *(low for _, _, low, _, _ in rows if low is not None)])
+    axes.set(xlabel=xlabel, xlim=(lowest - 0.02, 1.02), ylim=(-0.6, len(rows) - 0.4))
+    axes.set_yticks(places, [_wrapped(name) for name, *_ in rows])
+    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    _plain(axes)
+    _save(figure, path)
+
+
 def _picture(axes: Axes, image: Pixels) -> None:
     pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)

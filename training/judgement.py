@@ -1,4 +1,4 @@
-"""Judged predictions: their figures, the sections that reports share, and the report of `transfer`."""
+"""Judged predictions: their figures, and what a report says of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from training import calibration, figures, metrics, report
-from training.artifact import ModelCard
-from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.fit import FoldResult, Labels
 
@@ -24,14 +22,6 @@ WORDS = {
     "f1_macro": "mean over classes of F1",
     "auroc": "area under the ROC curve, one class against the rest, mean over classes and folds",
     "ece": "expected calibration error: how far stated probabilities are from the truth, 0 is best",
-}
-
-
-PROTOCOLS = {
-    "group": "{repeats} x {folds}-fold cross-validation, stratified by class, no group (patient, slide) on both sides.",
-    "image": "{repeats} x {folds}-fold cross-validation, stratified by class, split image by image.",
-    "site": "One site ({site_column}) after the other is left out and judged by a model that saw only the others.",
-    "holdout": "{repeats} x a share of {test_fraction:.0%} of the groups held out, stratified by class.",
 }
 
 
@@ -91,8 +81,15 @@ def _logs(probabilities: np.ndarray) -> np.ndarray:
 def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ()) -> None:
     """confusion.png, reliability.png and, for fine-tuning, learning.png stand in `folder`."""
     folder.mkdir(exist_ok=True)
-    counts = metrics.confusion(judged.truth, judged.probabilities.argmax(axis=1), len(judged.classes))
+    counts = confusion_of(judged)
     figures.confusion_matrix(counts, judged.classes, folder / "confusion.png")
+    levels = guessing(judged.truth, len(judged.classes))
+    drawn = [
+        (name.replace("_", " "), m["value"], *m["ci95"], levels.get(name))
+        for name, m in judged.metrics.items()
+        if name in levels and m["value"] is not None
+    ]
+    figures.intervals(drawn, folder / "metrics.png", "value; 1 is best")
     bins = metrics.reliability(judged.probabilities, judged.truth)
     figures.reliability_diagram(*bins, judged.metrics["ece"]["value"], folder / "reliability.png")
     series = {}
@@ -110,7 +107,36 @@ def metrics_table(values: dict[str, Any], caption: str) -> report.Table:
     return report.Table(["metric", "value [95 % interval]", "meaning"], rows, caption)
 
 
-def class_table(labels: Sequence[str], groups: Sequence[str], classes: Sequence[str], caption: str) -> report.Table:
+def confusion_of(judged: Judged) -> np.ndarray:
+    """Counts [K, K]: rows are the truth, columns what the model said."""
+    return metrics.confusion(judged.truth, judged.probabilities.argmax(axis=1), len(judged.classes))
+
+
+def guessing(truth: np.ndarray, classes: int) -> dict[str, float]:
+    """What the better of two guesses reaches, by metric: always the most frequent class, or classes drawn as often as
+    they occur. Metrics of which a guess has no level of its own (ece) are left out."""
+    counts = np.bincount(truth, minlength=classes)
+    present = int((counts > 0).sum())
+    level = 1 / max(1, present)
+    return {
+        "accuracy": float(counts.max() / max(1, counts.sum())),
+        "balanced_accuracy": level,
+        "kappa": 0.0,
+        "kappa_quadratic": 0.0,
+        "f1_macro": level,
+        "auroc": 0.5,
+    }
+
+
+def class_counts(selection: Selection, classes: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """(images, groups) per class of labelled rows."""
+    labels, groups = selection.column("label"), selection.column("group")
+    images = Counter(labels)
+    own = Counter(name for name, _ in set(zip(labels, groups, strict=True)))
+    return {name: images[name] for name in classes}, {name: own[name] for name in classes}
+
+
+def counts_table(labels: Sequence[str], groups: Sequence[str], classes: Sequence[str], caption: str) -> report.Table:
     """Images and groups of each class; `labels` and `groups` hold one entry per image."""
     tally = Counter(labels)
     rows = [
@@ -121,79 +147,105 @@ def class_table(labels: Sequence[str], groups: Sequence[str], classes: Sequence[
 
 
 def data_section(dataset: Dataset, selection: Selection, classes: Sequence[str]) -> report.Section:
+    """What there was, what was left out and why, and what is judged."""
     counts = dataset.info["counts"]
-    return report.Section(
-        "Data",
-        [
-            report.Text(
-                f"Dataset version {dataset.version}: {counts['images']:,} source images, {counts['ok']:,} usable, "
-                f"{counts['duplicate']:,} byte-identical copies left out, {counts['quarantined']:,} unreadable. "
-                f"The largest group holds {counts['largest_group_fraction']:.1%} of the images."
-            ),
-            class_table(selection.column("label"), selection.column("group"), classes, "Labelled images used here"),
-        ],
+    images, groups = class_counts(selection, classes)
+    total, together = len(selection), len(set(selection.column("group")))
+    labelled = counts.get("labelled", total)
+    flow = [
+        ["images in the source", counts["images"]],
+        ["unreadable, set aside", counts["quarantined"]],
+        ["byte-identical copies, left out", counts["duplicate"]],
+        ["usable", counts["ok"]],
+        ["usable, without a label", counts["ok"] - labelled],
+        ["labelled", labelled],
+        ["judged here", total],
+    ]
+    rows = [[name, f"{images[name]:,}", f"{images[name] / total:.0%}", f"{groups[name]:,}"] for name in classes]
+    blocks: list[report.Block] = [
+        report.Text(
+            f"{total:,} labelled images of {together:,} groups. A group is what must not be split between training and "
+            "test: all pictures of one patient, one slide or one lesion, and all copies of a picture. The largest "
+            f"holds {counts['largest_group_fraction']:.1%} of the usable images."
+        ),
+        report.Table(["class", "images", "share", "groups"], rows, "The classes"),
+        report.Table(
+            ["", "images"], [[what, f"{count:,}"] for what, count in flow], "From the source to what is judged"
+        ),
+    ]
+    blocks += _oddities(dataset)
+    blocks.append(report.Text(f"Dataset version {dataset.version}: the same images and labels have the same version."))
+    return report.Section("Data", blocks)
+
+
+def _oddities(dataset: Dataset) -> list[report.Block]:
+    """What was wrong with the data; nothing where nothing was."""
+    counts, blocks = dataset.info["counts"], list[report.Block]()
+    if counts["quarantined"]:
+        table = dataset.manifest
+        pairs = zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)
+        reasons = Counter(reason for status, reason in pairs if status == "quarantined")
+        rows = [[reason, f"{count:,}"] for reason, count in reasons.most_common(8)]
+        blocks.append(report.Table(["reason", "images"], rows, "Why images were set aside"))
+    if counts.get("conflicting_copies"):
+        blocks.append(
+            report.Warning(
+                f"{counts['conflicting_copies']:,} sets of identical pictures carry different labels. They were left "
+                "unlabelled; dataset.json names them."
+            )
+        )
+    if counts.get("ungrouped"):
+        blocks.append(
+            report.Warning(
+                f"{counts['ungrouped']:,} labelled images came without a group, so each counts as its own. Where that "
+                "is not true, pictures of one patient stand in training and test."
+            )
+        )
+    return blocks
+
+
+def class_table(judged: Judged) -> report.Table:
+    """Per class: how many of its images were named right, and what the others were taken for most often."""
+    rows = []
+    for name, line in zip(judged.classes, confusion_of(judged), strict=True):
+        at, total = judged.classes.index(name), int(line.sum())
+        others = np.where(np.arange(len(line)) == at, 0, line)
+        worst = f"{judged.classes[int(others.argmax())]} ({others.max() / total:.0%})" if others.any() else "–"
+        share = f"{line[at] / total:.0%}" if total else "–"
+        rows.append([name, f"{total:,}", share, worst])
+    return report.Table(
+        ["class", "judgements", "named right", "most often taken for"], rows, "Class by class (sensitivity)"
     )
 
 
 def result_section(out: Path, judged: Judged, caption: str, learning: bool) -> report.Section:
-    blocks: list[Any] = [metrics_table(judged.metrics, caption)]
+    """The figures of `figures_of` and their tables."""
     folder = out / "figures"
-    blocks += [
-        report.Figure(folder / "confusion.png", "Confusion matrix", "Rows: truth. Columns: what the model said."),
+    blocks: list[report.Block] = [
+        report.Figure(
+            folder / "metrics.png",
+            "Each metric with its interval and the level of guessing; the table that follows holds the numbers.",
+            "Points: values; lines: 95 % intervals; upright marks: what guessing reaches.",
+        ),
+        metrics_table(judged.metrics, caption),
+        class_table(judged),
+        report.Figure(
+            folder / "confusion.png",
+            "Confusion matrix: how often each class was taken for each.",
+            "Rows: truth. Columns: what the model said. The diagonal is right.",
+        ),
         report.Figure(
             folder / "reliability.png",
-            "Reliability diagram",
-            "On the diagonal, a stated probability is met as often as it says.",
+            "Reliability diagram: how often the model is right, by how sure it is.",
+            "On the diagonal, a stated probability is met as often as it says; below it, the model is too sure.",
         ),
     ]
     if learning and (folder / "learning.png").exists():
         blocks.append(
-            report.Figure(folder / "learning.png", "Learning curves", "Where each fold's training was stopped.")
-        )
-    return report.Section("Results", blocks)
-
-
-def write_transfer_report(
-    out: Path,
-    config: TransferConfig,
-    dataset: Dataset,
-    selection: Selection,
-    judged: Judged,
-    card: ModelCard,
-    best_epoch: int,
-    curve: report.Section | None = None,
-) -> None:
-    """report.html of a transfer, for a reader who does not program."""
-    protocol: list[Any] = [
-        report.Text(
-            f"{PROTOCOLS[config.split].format(**config.as_dict())} Every figure is of images that the model judging "
-            "them was not trained on; intervals come from a bootstrap over groups. Whatever is chosen (when to stop, "
-            "how strongly to regularise, the temperature of the probabilities) was chosen inside each fit's own "
-            "training side, on groups that it was not fitted on."
-        )
-    ]
-    if config.split == "image":
-        protocol.append(
-            report.Warning(
-                "Split by image: pictures of one patient stand on both sides, so these figures are too good. "
-                "Judge by --split group."
+            report.Figure(
+                folder / "learning.png",
+                "Learning curves: the loss on images held back, epoch by epoch.",
+                "Where each fold's training was stopped: at the lowest point of its curve.",
             )
         )
-    model: list[Any] = [
-        report.Text(
-            f"First weights: {config.init}. Task: {config.task}. The model kept was fitted again on all labelled images"
-            + (f" for {best_epoch} epochs, the median of the folds" if best_epoch else "")
-            + f"; its probabilities are divided by temperature {judged.temperature:.2f}, fitted out of fold."
-        ),
-        report.Code(
-            card.architecture.snippet("model/model.safetensors", len(card.classes) if card.head == "network" else 0)
-        ),
-    ]
-    sections = [
-        report.Section("Protocol", protocol),
-        data_section(dataset, selection, judged.classes),
-        result_section(out, judged, "Pooled out-of-fold predictions", learning=True),
-        *([curve] if curve else []),
-        report.Section("The model", model),
-    ]
-    report.write_report(out / "report.html", title=f"Transfer: {out.name}", sections=sections, images=config.images)
+    return report.Section("Results", blocks)

@@ -22,18 +22,36 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Blank:
+    """A cell that is left to be filled by hand, shown so that nobody takes it for an answer."""
+
+    text: str
+
+
+Cell = str | Blank
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of cells as they are to be read; the first cell of a row is its heading."""
 
     kind: ClassVar[str] = "table"
     headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
     caption: str
 
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.headers):
                 raise ValueError(f"table {self.caption!r}: {len(row)} cells under {len(self.headers)} headers: {row}")
+
+
+@dataclass(frozen=True)
+class Points:
+    """A list of short paragraphs, none before another."""
+
+    kind: ClassVar[str] = "points"
+    points: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Warning:
     text: str
 
 
-Block = Text | Table | Figure | Code | Warning
+Block = Text | Points | Table | Figure | Code | Warning
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.nd
     words = (
         f"Each of the {len(names):,} labels was compared with what its image looks like {_judges(by)}. Of "
         f"{len(suspects):,} ({len(suspects) / len(names):.0%}) another class looks as likely as it does for images "
-        "that carry it (confident learning, Northcutt et al., 2021); the least believable stand first. What judges them "
+        "that carry it (confident learning, Northcutt et al., 2021); the least believable come first. What judges them "
         f"agrees with {agreed:.0%} of all labels: the lower this is, the more of the list are hard images with a right "
         "label." + also
     )

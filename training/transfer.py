@@ -19,8 +19,9 @@ from cluster.errors import UsageError, nearest
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training import domain
+from training import domain, report
 from training.artifact import HEAD, ModelCard, forward, model_folder, save_model
+from training.attention import Looker, looker_of
 from training.budgets import budget_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection, leaves
@@ -30,10 +31,13 @@ from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
 from training.images import to_channels
 from training.ingest import resolve_data
-from training.judgement import Judged, figures_of, judge, write_transfer_report
+from training.judgement import Judged, figures_of, judge
 from training.lineage import own_images, seen_by
+from training.mistakes import mistakes_section
+from training.model_card import README, model_card
 from training.splits import Fold, budget, cross_validation, hold_outs, leave_one_site_out
 from training.tasks.finetune import Recipe, recipe_for
+from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.transform import evaluation_view
 from training.weights import Wanted, initial_weights, located
 
@@ -117,14 +121,19 @@ class _Study:
         self.judged = self.budgets[self.share]
         self.best_epoch = best
         self.domain = self._domain(features)
-        self._write_model(network, estimator)
+        own = None if estimator is None else estimator.estimator
+        looker = looker_of(network, self.initial.input, own, len(self.classes))
+        facts = self._facts(looker.method)
+        self._write_model(network, estimator, facts)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
+        write_transfer_report(self.out.path, facts, self._mistakes(looker, facts.method), self._more_sections())
+
+    def _more_sections(self) -> list[report.Section]:
+        """What the report says beside the results themselves."""
         budgets = {f"{share:g}": self._budget_summary(share) for share in self.budgets}
-        curve = budget_section(self.out.path / "figures", budgets)
-        write_transfer_report(
-            self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best, curve
-        )
+        found = [budget_section(self.out.path / "figures", budgets)]
+        return [section for section in found if section is not None]
 
     def _budget(self, rows: np.ndarray, share: float) -> np.ndarray:
         names, groups = self.labels.names, self.labels.groups
@@ -249,11 +258,38 @@ class _Study:
             },
         )
 
-    def _write_model(self, network: nn.Module, estimator: Any) -> None:
+    def _facts(self, method: str) -> Facts:
+        return Facts(
+            name=storage.name_of(self.config.out),
+            config=self.config,
+            dataset=self.dataset,
+            selection=self.selection,
+            judged=self.judged,
+            card=self._card(),
+            best_epoch=self.best_epoch,
+            shared=len(own_images(self.selection) & seen_by(self.config.init)),
+            method=method,
+        )
+
+    def _mistakes(self, looker: Looker, method: str) -> report.Section:
+        judged = self.judged
+        return mistakes_section(
+            self.out.path / "figures",
+            classes=self.classes,
+            truth=judged.truth,
+            probabilities=judged.probabilities,
+            groups=[self.labels.groups[r] for r in judged.rows],
+            rows=judged.rows,
+            pixels=self.pixels,
+            maps=looker.maps if method else None,
+            method=method,
+        )
+
+    def _write_model(self, network: nn.Module, estimator: Any, facts: Facts) -> None:
         seen = own_images(self.selection) | seen_by(self.config.init)
-        files = [(domain.REFERENCE, self.domain.dumps())]
+        files = [(domain.REFERENCE, self.domain.dumps()), (README, model_card(facts.card, trained_of(facts)).encode())]
         files += [(HEAD, estimator.dumps())] if estimator is not None else []
-        save_model(self.out.path / "model", self._card(), network, seen=seen, files=files)
+        save_model(self.out.path / "model", facts.card, network, seen=seen, files=files)
 
     def _write_predictions(self) -> None:
         write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)

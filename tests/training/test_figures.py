@@ -142,3 +142,29 @@ def test_the_same_figure_is_the_same_file(tmp_path: Path) -> None:
 
 def test_figures_never_touch_pyplot() -> None:
     assert "pyplot" not in Path(figures.__file__).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 4])
+def test_overlays_show_the_map_beside_the_picture_or_the_pictures_alone(
+    tmp_path: Path, count: int, channels: int
+) -> None:
+    images = np.full((count, 20, 30, channels), 128, dtype=np.uint8)
+    maps = np.zeros((count, 20, 30), dtype=np.float32)
+    maps[:, :, 15:] = 1
+    names = ["1   0.93\ntruth: a/$b\nsaid: c"] * count
+    figures.overlays(images, maps, names, tmp_path / "a.png")
+    figures.overlays(images, None, names, tmp_path / "b.png")
+    # viridis at its ends, half mixed with grey 128
+    yellow, violet = (tuple((np.asarray(end) + 128) // 2) for end in ((253, 231, 37), (68, 1, 84)))
+    for colour in (yellow, violet):
+        assert holds_colour(opened(tmp_path / "a.png"), colour, share=0.05)
+        assert not holds_colour(opened(tmp_path / "b.png"), colour, share=0.001)
+
+
+def test_intervals_mark_the_level_of_guessing(tmp_path: Path) -> None:
+    rows = [("accuracy", 0.7, 0.6, 0.8, 0.5), ("kappa", -0.1, -0.2, 0.1, None), ("odd", 0.5, None, None, 0.1)]
+    figures.intervals(rows, tmp_path / "a.png")
+    figures.intervals([(*row[:4], None) for row in rows], tmp_path / "b.png")
+    assert holds_colour(opened(tmp_path / "a.png"), (213, 94, 0), share=0.0002)
+    assert not holds_colour(opened(tmp_path / "b.png"), (213, 94, 0), share=0.0002)

@@ -137,6 +137,18 @@ def test_pictures_of_the_data_are_left_out_unread_when_asked(tmp_path: Path, pic
         written(tmp_path, missing, images=True)
 
 
+def test_a_blank_cell_is_marked_and_its_words_are_escaped(tmp_path: Path) -> None:
+    html = written(tmp_path, Table(["a", "b"], [["1", report.Blank("fill <me>")], ["2", "said"]], "Numbers"))
+    page = Page(html)
+    assert [span for span in page.all("span") if span.get("class") == "blank"] == [{"class": "blank"}]
+    assert "fill <me>" in page.words
+
+
+def test_points_are_a_list(tmp_path: Path) -> None:
+    page = Page(written(tmp_path, report.Points(["One & all.", "<i>Two.</i>"])))
+    assert "One & all." in page.words and "<i>Two.</i>" in page.words and not page.all("i")
+
+
 def test_a_row_that_does_not_fit_its_headers_is_refused() -> None:
     with pytest.raises(ValueError, match="3 cells under 2 headers"):
         Table(["a", "b"], [["1", "2", "3"]], "Numbers")

@@ -1,0 +1,306 @@
+"""`report.html` of a transfer, for a reader who does not program: the question, the evidence, and what it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from training import report
+from training.artifact import HEAD, WEIGHTS, ModelCard, versions
+from training.attention import WORDS
+from training.checklist import checklist_section
+from training.configs import TransferConfig
+from training.dataset import Dataset, Selection
+from training.judgement import Judged, class_counts, data_section, guessing, result_section
+from training.limits import Known, limits_of, sites_in
+from training.model_card import Trained, first_weights
+
+MOST_CLASSES = 12
+"""Classes named in a sentence."""
+TASKS = {
+    "finetune": "The whole network was trained on the labelled images (fine-tuning).",
+    "linear": "The network was left as it is; a linear classifier was trained on the numbers it gives for an image.",
+    "knn": "The network was left as it is; an image takes the class of those that it gives similar numbers for.",
+    "svm": "The network was left as it is; a support vector machine was trained on the numbers it gives for an image.",
+}
+PROTOCOLS = {
+    "group": "{repeats} x {folds}-fold cross-validation, stratified by class, no group (patient, slide) on both sides "
+    "of a split.",
+    "image": "{repeats} x {folds}-fold cross-validation, stratified by class, split image by image.",
+    "site": "One site ({site_column}) after the other is left out and judged by a model that saw only the others.",
+    "holdout": "{repeats} x a share of {test_fraction:.0%} of the groups held out, stratified by class.",
+}
+TUNED = {
+    "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",
+    "knn": "20 neighbours, weighted by distance; nothing was chosen.",
+    "svm": "RBF kernel, C = 10; probabilities scaled by an inner, grouped cross-validation of each training side.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the report, the checklist and the model card say of a transfer."""
+
+    name: str
+    """Of the run."""
+    config: TransferConfig
+    dataset: Dataset
+    selection: Selection
+    judged: Judged
+    card: ModelCard
+    best_epoch: int
+    """Epochs of the final fit; 0 where nothing was fine-tuned."""
+    shared: int = 0
+    """Judged images that the first weights were pretrained on."""
+    method: str = ""
+    """How the model's attention is shown: a key of `training.attention.WORDS`, or ""."""
+
+    @property
+    def data(self) -> str:
+        """Name of the data set, without its place."""
+        return Path(self.config.data.rstrip("/")).name
+
+    @cached_property
+    def fits(self) -> int:
+        """Models behind the judgements."""
+        return len(set(zip(self.judged.repeat.tolist(), self.judged.fold.tolist(), strict=True)))
+
+    @cached_property
+    def groups(self) -> int:
+        return len(set(self.selection.column("group")))
+
+    @cached_property
+    def limits(self) -> list[str]:
+        counts, (images, groups) = self.dataset.info["counts"], class_counts(self.selection, self.judged.classes)
+        columns = {name: self.selection.column(name) for name in self.selection.table.column_names if name != "pixels"}
+        return limits_of(
+            Known(
+                split=self.config.split,
+                images=images,
+                class_groups=groups,
+                groups=self.groups,
+                metrics=self.judged.metrics,
+                guessing=guessing(self.judged.truth, len(self.judged.classes)),
+                ungrouped=counts.get("ungrouped", 0),
+                sites=sites_in(columns),
+                shared=self.shared,
+                conflicting=counts.get("conflicting_copies", 0),
+                quarantined=counts["quarantined"] / max(1, counts["images"]),
+            )
+        )
+
+    @property
+    def protocol(self) -> str:
+        """How it was judged, in two sentences."""
+        return (
+            f"{PROTOCOLS[self.config.split].format(**self.config.as_dict())} Every figure is of images that the model "
+            "judging them was not trained on; intervals come from a bootstrap over groups."
+        )
+
+
+def trained_of(facts: Facts) -> Trained:
+    """What the model card says of a transfer."""
+    images, _ = class_counts(facts.selection, facts.judged.classes)
+    return Trained(
+        facts.name, facts.data, images, facts.groups, facts.protocol, facts.judged.metrics, tuple(facts.limits)
+    )
+
+
+def write_transfer_report(
+    out: Path,
+    facts: Facts,
+    mistakes: report.Section | None = None,
+    extra_sections: Sequence[report.Section] = (),
+) -> None:
+    """`out` holds report.html.
+
+    Args:
+        out: the RUN, with the figures of `judgement.figures_of`.
+        mistakes: see `training.mistakes`.
+        extra_sections: stand between the results and the mistakes.
+    """
+    sections = [
+        report.Section("What was asked", _asked(facts)),
+        data_section(facts.dataset, facts.selection, facts.judged.classes),
+        report.Section("Protocol", _protocol(facts)),
+        result_section(out, facts.judged, "Pooled out-of-fold predictions", learning=True),
+        *extra_sections,
+        *([mistakes] if mistakes is not None else []),
+        report.Section("The model", _model(facts)),
+        report.Section("Limits", [report.Points(facts.limits)]),
+        checklist_section(checklist_facts(facts)),
+    ]
+    report.write_report(
+        out / "report.html", title=f"Transfer: {facts.name}", sections=sections, images=facts.config.images
+    )
+
+
+# The sections
+
+
+def _asked(facts: Facts) -> list[report.Block]:
+    judged, total = facts.judged, len(facts.selection)
+    names = list(judged.classes[:MOST_CLASSES])
+    listed = (
+        f"{', '.join(names[:-1])} or {names[-1]}" if len(judged.classes) <= MOST_CLASSES else ", ".join(names) + ", …"
+    )
+    images = "images" if facts.config.split == "image" else "images of patients or slides"
+    blocks: list[report.Block] = [
+        report.Text(
+            f"Can a model tell from the image alone which of {len(judged.classes)} classes it shows: {listed}? It "
+            f"learnt from {total:,} labelled images of {facts.groups:,} groups (data set {facts.data}) and was asked "
+            f"about {images} that it had not seen. {_answer(judged)}"
+        )
+    ]
+    if facts.config.split == "image":
+        blocks.append(
+            report.Warning(
+                "Split by image: pictures of one patient stand on both sides, so these figures are too good. "
+                "Judge by --split group."
+            )
+        )
+    return blocks
+
+
+def _answer(judged: Judged) -> str:
+    """The main figure, its interval, and what guessing reaches."""
+    metric = judged.metrics["balanced_accuracy"]
+    value, (low, high) = metric["value"], metric["ci95"]
+    level = guessing(judged.truth, len(judged.classes))["balanced_accuracy"]
+    if value is None:
+        return "The answer is not defined: no class was judged."
+    interval = "" if low is None or high is None else f" (95 % interval {low:.1%} to {high:.1%})"
+    answer = (
+        f"On average over the classes it named {value:.1%} of the images right{interval}; guessing reaches {level:.1%}."
+    )
+    if interval and low <= level:
+        answer += " That cannot be told from guessing."
+    return answer
+
+
+def _protocol(facts: Facts) -> list[report.Block]:
+    blocks: list[report.Block] = [
+        report.Text(facts.protocol),
+        report.Text(
+            f"That is {facts.fits} models, each fitted without the images it is asked about. What had to be chosen on "
+            "the way (when to stop, how strongly to regularise, the temperature of the probabilities) was chosen on "
+            "groups held back from each model's own training part, never on the images judged."
+        ),
+    ]
+    if facts.shared:
+        blocks.append(
+            report.Warning(
+                f"The first weights were pretrained, without labels, on {facts.shared:,} of the images that are judged."
+            )
+        )
+    return blocks
+
+
+def _model(facts: Facts) -> list[report.Block]:
+    card, network = facts.card, facts.card.architecture
+    own = card.head == "network"
+    fitted = f" for {facts.best_epoch} epochs, the median of the folds" if facts.best_epoch else ""
+    return [
+        report.Text(
+            f"{TASKS.get(facts.config.task, facts.config.task)} The network is {network.name} at {network.height} x "
+            f"{network.width} pixels; its first weights: {first_weights(facts.config.init)}. The model kept was fitted "
+            f"again on all labelled images{fitted}; its probabilities are divided by temperature "
+            f"{facts.judged.temperature:.2f}, fitted out of fold."
+        ),
+        report.Text(
+            "rayograph predict and rayograph serve use it as it is. To load "
+            + ("it" if own else f"the network alone (the classifier is in {HEAD})")
+            + " with timm:"
+        ),
+        report.Code(card.architecture.snippet(f"model/{WEIGHTS}", len(card.classes) if own else 0)),
+    ]
+
+
+# The checklist
+
+
+def checklist_facts(facts: Facts) -> dict[str, str]:
+    """What the run can answer of `training.checklist.FACTS`."""
+    return {name: text for part in (_about_data, _about_training, _about_results) for name, text in part(facts).items()}
+
+
+def _about_data(facts: Facts) -> dict[str, str]:
+    counts, path = facts.dataset.info["counts"], facts.card.image_path
+    images, groups = class_counts(facts.selection, facts.judged.classes)
+    per_class = "; ".join(f"{name}: {images[name]:,} images, {groups[name]:,} groups" for name in facts.judged.classes)
+    where = " and ".join(facts.config.where)
+    apart = "images only, so patients may stand on both sides" if facts.config.split == "image" else "groups"
+    return {
+        "source": f"Data set {facts.data}, version {facts.dataset.version}.",
+        "excluded": f"Of {counts['images']:,} images {counts['quarantined']:,} unreadable and {counts['duplicate']:,} "
+        f"byte-identical copies were left out; {len(facts.selection):,} labelled ones were judged.",
+        "preprocessing": f"Pixels only. Images brought to {path.height} x {path.width} ({path.fit}; grey values "
+        f"windowed: {path.window}), then normalised by channel.",
+        "subset": f"Rows with {where}." if where else "All labelled, readable images.",
+        "missing": "Images without label were not used to train the classifier; unreadable images were set aside, each "
+        f"with its reason; labelled images without a group ({counts.get('ungrouped', 0):,}) count as their own group.",
+        "copies": "Copies of an image, also near ones that were found, are in one group.",
+        "classes": f"{per_class}.",
+        "size": f"{len(facts.selection):,} images of {facts.groups:,} groups.",
+        "partitions": facts.protocol,
+        "disjoint": f"Partitions are disjoint by {apart}.",
+    }
+
+
+def _about_training(facts: Facts) -> dict[str, str]:
+    config, card, network = facts.config, facts.card, facts.card.architecture
+    initial = card.lineage.get("initial", {})
+    digest = f" (sha256 {initial['sha256'][:12]}…)" if initial.get("sha256") else ""
+    return {
+        "category": "Deep learning, image classification.",
+        "goal": f"To tell apart {len(card.classes)} classes: {', '.join(card.classes)}.",
+        "design": "Development with internal evaluation.",
+        "model": f"timm {network.name}, {network.height} x {network.width} pixels, {network.channels} channels, in; "
+        f"{len(card.classes)} probabilities out.",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+        "initial": f"{first_weights(config.init)}{digest}.",
+        "training": f"{TASKS.get(config.task, config.task)} {TUNED.get(config.task) or _recipe(config)} "
+        f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
+        "selection": "No test image chose anything. The final model was fitted again on all labelled images"
+        + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
+        "imbalance": "Classes were weighted to have the same say in training."
+        if config.task in {"finetune", "linear", "svm"}
+        else "",
+        "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
+        "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",
+    }
+
+
+def _recipe(config: TransferConfig) -> str:
+    return (
+        f"AdamW, at most {config.epochs} epochs, batch {config.batch_size}, learning rate {config.lr:g} with warm-up "
+        f"and cosine, weight decay {config.weight_decay:g}, stochastic depth {config.drop_path:g}, label smoothing "
+        f"{config.label_smoothing:g}; crops of at least {config.min_crop:.0%} of the area, "
+        f"{'mirroring, ' if config.flip else ''}{'quarter turns, ' if config.turns else ''}"
+        f"brightness and contrast by {config.jitter:.0%}."
+    )
+
+
+def _about_results(facts: Facts) -> dict[str, str]:
+    judged, values = facts.judged, facts.judged.metrics
+    levels = guessing(judged.truth, len(judged.classes))
+    shown = [f"{name} {report.with_interval(m['value'], m['ci95'])}" for name, m in values.items() if name != "ece"]
+    folds = [v for v in values["balanced_accuracy"]["per_fold"] if v is not None]
+    ece: Any = values["ece"]
+    return {
+        "metrics": f"{', '.join(values)}.",
+        "uncertainty": "95 % intervals by bootstrap over groups, 2.5 to 97.5 percentile; fits are held fixed.",
+        "results": f"{'; '.join(shown)}.",
+        "guessing": f"Guessing reaches a balanced accuracy of {levels['balanced_accuracy']:.3f}.",
+        "calibration": f"Probabilities by temperature scaling ({judged.temperature:.2f} for the final model); expected "
+        f"calibration error {report.with_interval(ece['value'], ece['ci95'])}. No threshold: the likeliest class wins.",
+        "clusters": f"Balanced accuracy of the folds: {min(folds):.3f} to {max(folds):.3f}." if folds else "",
+        "explanation": f"By {WORDS[facts.method]}. Not validated." if facts.method else "",
+        "failures": "See Mistakes and the confusion matrix.",
+        "internal": f"{facts.protocol}",
+        "external": "",
+        "limits": " ".join(facts.limits),
+    }
