@@ -107,10 +107,11 @@ def test_pairing_makes_the_interval_narrower_than_that_of_two_separate_studies()
     assert high - low < 0.9 * np.hypot(*widths)
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_should_on_correlated_images() -> None:
     """95 % of studies, by 2 %: of values and of differences, by 60 patients and also by 20."""
     by_class = {"accuracy": np.array([1 - PREVALENCE, PREVALENCE]), "balanced_accuracy": np.array([0.5, 0.5])}
-    for patients, images, studies in ((60, 3, 500), (20, 4, 500)):
+    for patients, images, studies in ((60, 2, 800), (20, 4, 500)):
         covered = dict.fromkeys(itertools.product(by_class, ("value", "difference")), 0)
         rng = np.random.default_rng(patients)
         for seed in range(studies):
