@@ -229,12 +229,13 @@ def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.nd
         for at, own, rival in zip(found.rows, y[found.rows], found.rivals, strict=True)
     ]
     agreed = float((probabilities.argmax(axis=1) == y).mean())
+    share = len(suspects) / len(names)
     words = (
         f"Each of the {len(names):,} labels was compared with what its image looks like {_judges(by)}. Of "
-        f"{len(suspects):,} ({len(suspects) / len(names):.0%}) another class looks as likely as it does for images "
-        "that carry it (confident learning, Northcutt et al., 2021); the least believable come first. What judges them "
-        f"agrees with {agreed:.0%} of all labels: the lower this is, the more of the list are hard images with a right "
-        "label." + also
+        f"{len(suspects):,} ({share:.0%}) another class looks as likely as it does for images that carry it (confident "
+        "learning, Northcutt et al., 2021); the least believable stand first. What judges them agrees with "
+        f"{agreed:.0%} of all labels: the lower this is, the more of the list are hard images with a right label."
+        + also
     )
     return (disputed + suspects)[: config.n], words
 

@@ -104,7 +104,7 @@ def test_pairing_makes_the_interval_narrower_than_that_of_two_separate_studies()
         widths.append(high - low)
     low, high = differences(truth, ours, [theirs], **rows)[0]["accuracy"]["ci95"]
     assert low is not None and high is not None
-    assert high - low < 0.9 * np.hypot(*widths)
+    assert high - low < 0.9 * np.hypot(widths[0], widths[1])
 
 
 @pytest.mark.slow

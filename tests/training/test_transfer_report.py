@@ -40,7 +40,7 @@ def facts_of(classes: list[str] = CLASSES, *, images: int = 120, skill: float = 
     groups = [f"patient-{i % 40}" for i in range(images)]
     fold, repeat = np.arange(images) % 5, np.zeros(images, dtype=np.int64)
     values = metrics.summarise(truth, probabilities, group=groups, fold=fold, repeat=repeat, resamples=50)
-    judged = Judged(classes, np.arange(images), truth, probabilities, fold, repeat, dict(values), 1.25)
+    judged = Judged(classes, np.arange(images), truth, probabilities, probabilities, fold, repeat, dict(values), 1.25)
     counts = {
         "images": images + 9, "ok": images + 4, "duplicate": 3, "quarantined": 2, "labelled": images,
         "ungrouped": 0, "conflicting_copies": 0, "largest_group_fraction": 0.1,
