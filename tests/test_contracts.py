@@ -19,7 +19,9 @@ RAY_MODULES = {"cluster.nodes", "cluster.session", "tuning.search", "serving.dep
     for name in ("ingest", "feed", "launch", "line", "loop", "probing", "inference", "folds", "gallery")
 }
 """The thin Ray layer: the only modules that may import Ray."""
-OUTER_MODULES = {f"training.{name}" for name in ("ingest", "pretrain", "transfer", "evaluate", "inference", "device")}
+OUTER_MODULES = {
+    f"training.{name}" for name in ("ingest", "pretrain", "transfer", "chain", "evaluate", "inference", "device")
+}
 """The verbs, and what asks the session for its resources: they may reach Ray through others. The rest is science."""
 
 

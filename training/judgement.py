@@ -110,8 +110,9 @@ def write_transfer_report(
     judged: Judged,
     card: ModelCard,
     best_epoch: int,
+    more: Sequence[report.Section] = (),
 ) -> None:
-    """report.html of a transfer, for a reader who does not program."""
+    """report.html of a transfer, for a reader who does not program; `more` sections follow the results."""
     whole = config.split == "group"
     protocol: list[Any] = [
         report.Text(
@@ -142,6 +143,7 @@ def write_transfer_report(
         report.Section("Protocol", protocol),
         _data_section(dataset, selection, judged.classes),
         _result_section(out, judged, "Pooled out-of-fold predictions", learning=True),
+        *more,
         report.Section("The model", model),
     ]
     report.write_report(out / "report.html", title=f"Transfer: {out.name}", sections=sections, images=config.images)

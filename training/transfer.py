@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,8 @@ from training.folds import run_folds
 from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, figures_of, write_transfer_report
-from training.lineage import own_images, seen_by
+from training.lineage import labelled_by, own_images, seen_by
+from training.report import Section
 from training.splits import Fold, cross_validation
 from training.tasks.finetune import Recipe, recipe_for
 from training.transform import evaluation_view
@@ -41,24 +42,43 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     Raises:
         UsageError: a flag, the data or the first weights cannot be right.
     """
+    if config.stages is not None:
+        from training.chain import transfer_through
+
+        return transfer_through(config)
     named = config.init in {"imagenet", "none"} or config.init.endswith(".safetensors")
     if not named and storage.exists(config.init):
         model_folder(config.init)  # not a RUN: said before anything is read
     with config.open_out("transfer") as out:
         if out.state == "done":
             return out.summary()
-        dataset = resolve_data(config.data, out=config.out)
-        selection = dataset.select(config.where, labelled=True)
-        study = _Study(config, dataset, selection, out)
-        started = time.monotonic()
-        with session(cpus=cores() + 2, log=out.log) as found:
-            device = device_in(config.device, found)
-            study.run(device, count_workers(config.workers, found, device))
-        summary = study.summary() | {"seconds": time.monotonic() - started}
-        out.finish(summary)
-        balanced = summary["metrics"]["balanced_accuracy"]
-        say(f"done: balanced accuracy {_interval(balanced)}, report in {out.name('report.html')}")
-        return summary
+        return carry_out(config, out)
+
+
+class Chain(Protocol):
+    """What was done before a transfer that ends a chain of stages; see `training.chain`."""
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """The stages, for model.json."""
+
+    def told(self, folder: Path, metrics: dict[str, Any]) -> tuple[list[Section], dict[str, Any]]:
+        """Sections of the report, and keys of the summary, once the RUN in `folder` has its predictions."""
+
+
+def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -> dict[str, Any]:
+    """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
+    dataset = resolve_data(config.data, out=config.out)
+    selection = dataset.select(config.where, labelled=True)
+    study = _Study(config, dataset, selection, out, chain)
+    started = time.monotonic()
+    with session(cpus=cores() + 2, log=out.log) as found:
+        device = device_in(config.device, found)
+        study.run(device, count_workers(config.workers, found, device))
+    summary = study.summary() | {"seconds": time.monotonic() - started}
+    out.finish(summary)
+    balanced = summary["metrics"]["balanced_accuracy"]
+    say(f"done: balanced accuracy {_interval(balanced)}, report in {out.name('report.html')}")
+    return summary
 
 
 def _interval(metric: Any) -> str:
@@ -83,23 +103,37 @@ def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
     )
 
 
+def laid_out(config: TransferConfig, selection: Selection) -> tuple[list[str], Labels, list[Fold]]:
+    """Classes, labels and folds of a transfer of these rows.
+
+    Raises:
+        UsageError: the labels do not allow it.
+    """
+    names = selection.column("label")
+    classes = leaves(names)
+    truth = np.asarray([classes.index(name) for name in names])
+    labels = Labels(truth, names, selection.column("group"), config.split)
+    folds = cross_validation(
+        names,
+        labels.groups,
+        folds=config.folds,
+        repeats=config.repeats,
+        split=config.split,
+        seed=config.seed,
+    )
+    return classes, labels, folds
+
+
 class _Study:
     """One transfer: its rows, its folds, and what becomes of them."""
 
-    def __init__(self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
-        self.config, self.dataset, self.selection, self.out = config, dataset, selection, out
-        names = selection.column("label")
-        self.classes = leaves(names)
-        truth = np.asarray([self.classes.index(name) for name in names])
-        self.labels = Labels(truth, names, selection.column("group"), config.split)
-        self.folds = cross_validation(
-            names,
-            self.labels.groups,
-            folds=config.folds,
-            repeats=config.repeats,
-            split=config.split,
-            seed=config.seed,
-        )
+    def __init__(
+        self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir, chain: Chain | None
+    ) -> None:
+        self.config, self.dataset, self.selection, self.out, self.chain = config, dataset, selection, out, chain
+        self.classes, self.labels, self.folds = laid_out(config, selection)
+        self.more: dict[str, Any] = {}
+        """Further keys of the summary."""
 
     def run(self, device: str, workers: int) -> None:
         self._prepare(device)
@@ -117,7 +151,12 @@ class _Study:
         self._write_model(network, estimator)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
-        write_transfer_report(self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best)
+        sections: list[Section] = []
+        if self.chain is not None:
+            sections, self.more = self.chain.told(self.out.path, self.judged.metrics)
+        write_transfer_report(
+            self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best, sections
+        )
 
     def _prepare(self, device: str) -> None:
         """First weights and pixels, for the device that the session offers."""
@@ -237,16 +276,21 @@ class _Study:
                 "verb": "transfer",
                 "task": self.config.task,
                 "dataset": self.dataset.version,
+                "images": len(self.selection),
                 "initial": self.initial.provenance,
                 "config": self.config.identity(),
+                **({"stages": self.chain.lineage()} if self.chain is not None else {}),
             },
         )
 
     def _write_model(self, network: nn.Module, estimator: Any) -> None:
-        seen = own_images(self.selection) | seen_by(self.config.init)
+        own, init = own_images(self.selection), self.config.init
         files = [(domain.REFERENCE, self.domain.dumps())]
         files += [(HEAD, estimator.dumps())] if estimator is not None else []
-        save_model(self.out.path / "model", self._card(), network, seen=seen, files=files)
+        labelled = own | labelled_by(init)
+        save_model(
+            self.out.path / "model", self._card(), network, seen=own | seen_by(init), labelled=labelled, files=files
+        )
 
     def _write_predictions(self) -> None:
         write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)
@@ -264,6 +308,7 @@ class _Study:
             "best_epoch": self.best_epoch,
             "temperature": self.judged.temperature,
             "metrics": self.judged.metrics,
+            **self.more,
         }
 
 
