@@ -165,7 +165,7 @@ def save_model(
 
     Args:
         seen: hashes of the images of its lineage, see `training.lineage`.
-        labelled: those whose labels it was trained with.
+        labelled: those whose labels had a part in its network's weights.
         files: further named parts, such as the estimator.
     """
     partial = folder.with_name(f".{folder.name}.partial")

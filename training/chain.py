@@ -109,6 +109,7 @@ class _Chain:
         """All is checked that can be, and SOURCEs are ingested; nothing is trained."""
         read = stages.read_chain(str(config.stages))
         device = None if in_cluster() else choose_device(config.device)
+        stages.architectures(read, [3] * len(read), device)  # a misfit is told before images are read
         before = stages.origin_key(read[0].config.init)
         data = [resolve_data(stage.config.data, out=config.out) for stage in read]
         networks = stages.architectures(read, [each.channels for each in data], device)

@@ -35,7 +35,7 @@ def seen_by(run: str) -> frozenset[str]:
 
 
 def labelled_by(run: str) -> frozenset[str]:
-    """Those images of `seen_by` whose labels had a part in the training.
+    """Those images of `seen_by` whose labels had a part in the network's weights: a head on frozen features has none.
 
     A model written before this was kept counts all of its images, if a stage of its lineage was trained with labels.
     """
@@ -46,7 +46,7 @@ def labelled_by(run: str) -> frozenset[str]:
     if "labelled" in tensors:
         return _digests(tensors["sha256"][tensors["labelled"].astype(bool)])
     lineage = storage.read_json(folder / CARD).get("lineage", {}) if (folder / CARD).is_file() else {}
-    return _digests(tensors["sha256"]) if "transfer" in _verbs(lineage) else frozenset()
+    return _digests(tensors["sha256"]) if _used_labels(lineage) else frozenset()
 
 
 def dump(seen: Iterable[str], labelled: Iterable[str] = ()) -> bytes:
@@ -69,7 +69,7 @@ def _digests(rows: np.ndarray) -> frozenset[str]:
     return frozenset(bytes(row).hex() for row in rows)
 
 
-def _verbs(lineage: dict[str, Any]) -> set[str]:
-    """The verbs that a model went through, itself included."""
+def _used_labels(lineage: dict[str, Any]) -> bool:
+    """Whether the network of a lineage, or one before it, was trained with labels."""
     before = lineage.get("initial", {}).get("lineage")
-    return {str(lineage.get("verb"))} | (_verbs(before) if before else set())
+    return lineage.get("task") == "finetune" or (before is not None and _used_labels(before))

@@ -287,7 +287,7 @@ class _Study:
         own, init = own_images(self.selection), self.config.init
         files = [(domain.REFERENCE, self.domain.dumps())]
         files += [(HEAD, estimator.dumps())] if estimator is not None else []
-        labelled = own | labelled_by(init)
+        labelled = labelled_by(init) | (own if estimator is None else frozenset())
         save_model(
             self.out.path / "model", self._card(), network, seen=own | seen_by(init), labelled=labelled, files=files
         )
