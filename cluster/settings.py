@@ -1,16 +1,18 @@
-"""What all configs share, and `--config run.yaml`: read for the command line to convert like flags."""
+"""What all configs share, and the YAML that sets them: `--config run.yaml`, and the stages of a chain."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from cluster import storage
 from cluster.errors import UsageError, nearest
 from cluster.outdir import FORMAT, OutDir, config_text
+
+Chosen = TypeVar("Chosen")
 
 HEADER = ("verb", "format")
 """Keys of a `config.yaml` that are not fields: which verb wrote it, and in which format version."""
@@ -64,14 +66,52 @@ def load_yaml(path: str, config_class: type, *, verb: str) -> dict[str, Any]:
     Raises:
         UsageError: no such file, not a YAML mapping, an unknown key, or the config of another verb.
     """
-    values = _mapping(path)
+    values = read_mapping(path)
     _check_header(path, values, verb)
+    return fields_of(path, {k: v for k, v in values.items() if k not in HEADER}, config_class, verb=verb)
+
+
+def fields_of(where: str, values: dict[str, Any], config_class: type, *, verb: str) -> dict[str, Any]:
+    """`values` by the names of the fields that they set, as `load_yaml` gives them; `where` begins errors.
+
+    Raises:
+        UsageError: an unknown key.
+    """
     names = [field.name for field in fields(config_class)]
-    settings = {key.replace("-", "_"): value for key, value in values.items() if key not in HEADER}
+    settings = {key.replace("-", "_"): value for key, value in values.items()}
     for name in settings:
         if name not in names:
-            raise UsageError(f"{path}: unknown key {storage.printable(name)!r} for {verb}.{nearest(name, names)}")
+            raise UsageError(f"{where}: unknown key {storage.printable(name)!r} for {verb}.{nearest(name, names)}")
     return {name: value for name, value in settings.items() if not _is_null(value)}
+
+
+def configured(config_class: type[Chosen], values: dict[str, Any], where: str) -> Chosen:
+    """The config whose fields `values` sets, converted and checked as the command line does; `where` begins errors.
+
+    Raises:
+        UsageError: a value cannot be converted or is not allowed, or a required field is missing.
+    """
+    from cyclopts import App, CycloptsError
+    from cyclopts.config import Dict
+
+    def keep(config: Any) -> Any:
+        return config
+
+    keep.__annotations__ = {"config": config_class}
+    app = App(
+        exit_on_error=False, print_error=False, result_action="return_value", config=(Dict(values, source=where),)
+    )
+    app.default(keep)
+    try:
+        config = app([])
+    except CycloptsError as error:
+        error.verbose = False
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from error
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    if not isinstance(config, config_class):
+        raise TypeError(f"{where}: gave {type(config).__name__}, not a {config_class.__name__}")
+    return config
 
 
 def dump_yaml(verb: str, config: dict[str, Any]) -> str:
@@ -79,7 +119,12 @@ def dump_yaml(verb: str, config: dict[str, Any]) -> str:
     return config_text(verb, config)
 
 
-def _mapping(path: str) -> dict[str, Any]:
+def read_mapping(path: str) -> dict[str, Any]:
+    """The names and values of a YAML file, every scalar still as text.
+
+    Raises:
+        UsageError: no such file, or not a YAML mapping.
+    """
     text = storage.read_bytes(path)
     try:
         # BaseLoader makes no objects and leaves every scalar a string; the safe loader would read `2:4` as 124

@@ -20,7 +20,8 @@ RAY_MODULES = {"cluster.nodes", "cluster.session", "tuning.search", "serving.dep
 }
 """The thin Ray layer: the only modules that may import Ray."""
 OUTER_MODULES = {
-    f"training.{name}" for name in ("ingest", "pretrain", "transfer", "evaluate", "inference", "suggest", "device")
+    f"training.{name}"
+    for name in ("ingest", "pretrain", "transfer", "chain", "evaluate", "inference", "suggest", "device")
 }
 """The verbs, and what asks the session for its resources: they may reach Ray through others. The rest is science."""
 

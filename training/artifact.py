@@ -158,12 +158,14 @@ def save_model(
     network: nn.Module,
     *,
     seen: Iterable[str] = (),
+    labelled: Iterable[str] = (),
     files: Sequence[tuple[str, bytes]] = (),
 ) -> None:
     """`folder` holds the artifact, whole.
 
     Args:
         seen: hashes of the images of its lineage, see `training.lineage`.
+        labelled: those whose labels had a part in its network's weights.
         files: further named parts, such as the estimator.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -171,7 +173,7 @@ def save_model(
     partial.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    for name, content in [(lineage.SEEN, lineage.dump(seen)), *files]:
+    for name, content in [(lineage.SEEN, lineage.dump(seen, labelled)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / "model.json", card.as_dict() | {"sha256": hashes})

@@ -140,6 +140,8 @@ class TransferConfig(Config):
     "Where the RUN goes."
     init: str = "imagenet"
     "Starting weights: imagenet, a RUN, timm:NAME, hf-hub:NAME, a safetensors file in timm keys, or none."
+    stages: str | None = None
+    "A YAML file with a chain of pretrain and transfer stages to start from, in place of --init."
     task: Task = "finetune"
     "finetune trains the network; linear, knn and svm judge frozen features."
     preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
@@ -207,6 +209,11 @@ class TransferConfig(Config):
         self._require("repeats", self.split != "site" or self.repeats == 1, "a site is left out once: give 1")
         self._require("epochs", self.epochs > 0, "must be at least 1")
         self._require("batch_size", self.batch_size > 1, "must be at least 2")
+        if self.stages is not None:
+            self._require("init", self.init == "imagenet", "not with --stages: give it to the first stage, as `init`")
+            for field in ("model", "preset"):
+                given = getattr(self, field) not in {None, "auto"}
+                self._require(field, not given, "not with --stages, whose first stage decides the network")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
 

@@ -247,6 +247,28 @@ def search_history(
     _save(figure, path)
 
 
+def stage_gains(names: Sequence[str], values: ArrayLike, gains: ArrayLike, path: Path, metric: str) -> None:
+    """Draws, side by side and from above, each point's metric and its gain over the one above it.
+
+    values, gains: [N, 3] as value, low, high; NaN where there is none. Gains have a line at 0.
+    """
+    figure = Figure(figsize=(7.2, 0.9 + 0.45 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(names))
+    for axes, rows, label in ((left, values, metric), (right, gains, f"gain in {metric}")):
+        value, low, high = np.asarray(rows, dtype=np.float64).reshape(-1, 3).T
+        axes.hlines(places, low, high, color=COLOURS[0], linewidth=1.6)
+        axes.scatter(value, places, 34, color=COLOURS[0], zorder=3)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+        _plain(axes)
+    right.axvline(0, color="#555555", linewidth=1)
+    left.set_yticks(places, [_wrapped(name) for name in names])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    _save(figure, path)
+
+
 def reconstructions(original: Pixels, masked: Pixels, reconstructed: Pixels, path: Path) -> None:
     """Draws three rows of K pictures [K,H,W,C] uint8 (C 1 or 3): original, masked, reconstruction."""
     rows = {"original": original, "masked": masked, "reconstruction": reconstructed}

@@ -1,14 +1,17 @@
-"""Which images a model has seen, and the refusal to judge it on them. Kept as hashes beside the model."""
+"""Which images a model has seen, with and without their labels. Kept as hashes beside the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from cluster import storage
 from training.dataset import Selection
-from training.nearby import nearby
+from training.nearby import CARD, nearby
 
 SEEN = "seen.safetensors"
 _BYTES = 16
@@ -25,16 +28,53 @@ def short_digests(selection: Selection) -> list[str]:
     return [digest[: 2 * _BYTES] for digest in selection.column("sha256")]
 
 
+def shortened(digests: Iterable[str]) -> frozenset[str]:
+    """Hex sha256 of images as they are kept here."""
+    return frozenset(digest[: 2 * _BYTES] for digest in digests)
+
+
 def seen_by(run: str) -> frozenset[str]:
     """What the model of a RUN, or the weights file in it, has seen; nothing where `run` is neither, as `imagenet`."""
+    folder = _model_of(run)
+    return _digests(load_file(folder / SEEN)["sha256"]) if folder else frozenset()
+
+
+def labelled_by(run: str) -> frozenset[str]:
+    """Those images of `seen_by` whose labels had a part in the network's weights: a head on frozen features has none.
+
+    A model written before this was kept counts all of its images, if a stage of its lineage was trained with labels.
+    """
+    folder = _model_of(run)
+    if folder is None:
+        return frozenset()
+    tensors = load_file(folder / SEEN)
+    if "labelled" in tensors:
+        return _digests(tensors["sha256"][tensors["labelled"].astype(bool)])
+    lineage = storage.read_json(folder / CARD).get("lineage", {}) if (folder / CARD).is_file() else {}
+    return _digests(tensors["sha256"]) if _used_labels(lineage) else frozenset()
+
+
+def dump(seen: Iterable[str], labelled: Iterable[str] = ()) -> bytes:
+    """The file `SEEN`, in a canonical order: all images, and for each whether its label was used."""
+    with_labels = frozenset(labelled)
+    digests = sorted(frozenset(seen) | with_labels)
+    rows = [np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in digests]
+    flags = np.asarray([digest in with_labels for digest in digests], dtype=np.uint8)
+    return bytes(save({"sha256": np.stack(rows) if rows else np.empty((0, _BYTES), dtype=np.uint8), "labelled": flags}))
+
+
+def _model_of(run: str) -> Path | None:
+    """The folder that holds `SEEN`, if there is one."""
     given = nearby(run)
-    for folder in (given / "model", given.parent if given.is_file() else given):
-        if (folder / SEEN).is_file():
-            return frozenset(bytes(row).hex() for row in load_file(folder / SEEN)["sha256"])
-    return frozenset()
+    folders = (given / "model", given.parent if given.is_file() else given)
+    return next((folder for folder in folders if (folder / SEEN).is_file()), None)
 
 
-def dump(seen: Iterable[str]) -> bytes:
-    """The file `SEEN`, in a canonical order."""
-    rows = [np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in sorted(seen)]
-    return bytes(save({"sha256": np.stack(rows) if rows else np.empty((0, _BYTES), dtype=np.uint8)}))
+def _digests(rows: np.ndarray) -> frozenset[str]:
+    return frozenset(bytes(row).hex() for row in rows)
+
+
+def _used_labels(lineage: dict[str, Any]) -> bool:
+    """Whether the network of a lineage, or one before it, was trained with labels."""
+    before = lineage.get("initial", {}).get("lineage")
+    return lineage.get("task") == "finetune" or (before is not None and _used_labels(before))

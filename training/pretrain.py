@@ -27,7 +27,7 @@ from training.encoder import Architecture, architecture_for
 from training.feed import source_of
 from training.ingest import resolve_data
 from training.launch import Team, launch
-from training.lineage import own_images, seen_by
+from training.lineage import labelled_by, own_images, seen_by
 from training.loop import Job, Learner, build
 from training.methods import METHODS
 from training.pretrain_report import Facts, speed_of, write_pretrain_report
@@ -188,11 +188,13 @@ def _finish(
             "verb": "pretrain",
             "method": job.config.method,
             "dataset": dataset.version,
+            "images": len(selection),
             "initial": learner.provenance,
             "config": job.config.identity(),
         },
     )
-    save_model(out.path / "model", card, encoder, seen=own_images(selection) | seen_by(job.config.init))
+    seen = own_images(selection) | seen_by(job.config.init)
+    save_model(out.path / "model", card, encoder, seen=seen, labelled=labelled_by(job.config.init))
     flops = speed.flops_per_image(module, (learner.input.channels, learner.input.height, learner.input.width))
     threads = cores() if job.wanted.device == "cpu" else 1
     peak = speed.matmul_peak_gflops(threads, device=job.wanted.device, precision=job.precision)

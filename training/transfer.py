@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ from training.folds import run_folds
 from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, figures_of, judge
-from training.lineage import own_images, seen_by
+from training.lineage import labelled_by, own_images, seen_by
 from training.mistakes import mistakes_section
 from training.model_card import README, model_card
 from training.splits import Fold, budget, cross_validation, hold_outs, leave_one_site_out
@@ -48,24 +48,43 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     Raises:
         UsageError: a flag, the data or the first weights cannot be right.
     """
+    if config.stages is not None:
+        from training.chain import transfer_through
+
+        return transfer_through(config)
     named = config.init in {"imagenet", "none"} or config.init.endswith(".safetensors")
     if not named and storage.exists(config.init):
         model_folder(config.init)  # not a RUN: said before anything is read
     with config.open_out("transfer") as out:
         if out.state == "done":
             return out.summary()
-        dataset = resolve_data(config.data, out=config.out)
-        selection = dataset.select(config.where, labelled=True)
-        study = _Study(config, dataset, selection, out)
-        started = time.monotonic()
-        with session(cpus=cores() + 2, log=out.log) as found:
-            device = device_in(config.device, found)
-            study.run(device, count_workers(config.workers, found, device))
-        summary = study.summary() | {"seconds": time.monotonic() - started}
-        out.finish(summary)
-        balanced = summary["metrics"]["balanced_accuracy"]
-        say(f"done: balanced accuracy {_interval(balanced)}, report in {out.name('report.html')}")
-        return summary
+        return carry_out(config, out)
+
+
+class Chain(Protocol):
+    """What was done before a transfer that ends a chain of stages; see `training.chain`."""
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """The stages, for model.json."""
+
+    def told(self, folder: Path, metrics: dict[str, Any]) -> tuple[list[report.Section], dict[str, Any]]:
+        """Sections of the report, and keys of the summary, once the RUN in `folder` has its predictions."""
+
+
+def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -> dict[str, Any]:
+    """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
+    dataset = resolve_data(config.data, out=config.out)
+    selection = dataset.select(config.where, labelled=True)
+    study = _Study(config, dataset, selection, out, chain)
+    started = time.monotonic()
+    with session(cpus=cores() + 2, log=out.log) as found:
+        device = device_in(config.device, found)
+        study.run(device, count_workers(config.workers, found, device))
+    summary = study.summary() | {"seconds": time.monotonic() - started}
+    out.finish(summary)
+    balanced = summary["metrics"]["balanced_accuracy"]
+    say(f"done: balanced accuracy {_interval(balanced)}, report in {out.name('report.html')}")
+    return summary
 
 
 def _interval(metric: Any) -> str:
@@ -90,20 +109,33 @@ def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
     )
 
 
+def laid_out(config: TransferConfig, selection: Selection) -> tuple[list[str], Labels, list[Fold]]:
+    """Classes, labels and folds of a transfer of these rows.
+
+    Raises:
+        UsageError: the labels do not allow it.
+    """
+    names = selection.column("label")
+    classes = leaves(names)
+    truth = np.asarray([classes.index(name) for name in names])
+    labels = Labels(truth, names, selection.column("group"), config.split)
+    return classes, labels, folds_for(config, names, labels.groups, selection)
+
+
 class _Study:
     """One transfer: its rows, its folds, and what becomes of them."""
 
-    def __init__(self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
-        self.config, self.dataset, self.selection, self.out = config, dataset, selection, out
-        names = selection.column("label")
-        self.classes = leaves(names)
-        truth = np.asarray([self.classes.index(name) for name in names])
-        self.labels = Labels(truth, names, selection.column("group"), config.split)
-        self.whole = folds_for(config, names, self.labels.groups, selection)
+    def __init__(
+        self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir, chain: Chain | None
+    ) -> None:
+        self.config, self.dataset, self.selection, self.out, self.chain = config, dataset, selection, out, chain
+        self.classes, self.labels, self.whole = laid_out(config, selection)
         self.share = max(config.label_fraction)
         cut = self._budget
         self.folds = [replace(f, train=cut(f.train, s), share=s) for s in config.label_fraction for f in self.whole]
-        self.kept = cut(np.arange(len(names)), self.share)
+        self.kept = cut(np.arange(len(self.labels.truth)), self.share)
+        self.more: dict[str, Any] = {}
+        """Further keys of the summary."""
 
     def run(self, device: str, workers: int) -> None:
         self._prepare(device)
@@ -130,10 +162,15 @@ class _Study:
         write_transfer_report(self.out.path, facts, self._mistakes(looker, facts.method), self._more_sections())
 
     def _more_sections(self) -> list[report.Section]:
-        """What the report says beside the results themselves."""
+        """What the report says beside the results themselves; its numbers are in `more`."""
         budgets = {f"{share:g}": self._budget_summary(share) for share in self.budgets}
-        found = [budget_section(self.out.path / "figures", budgets)]
-        return [section for section in found if section is not None]
+        self.more["budgets"] = budgets
+        curve = budget_section(self.out.path / "figures", budgets)
+        sections = [curve] if curve is not None else []
+        if self.chain is not None:
+            told, more = self.chain.told(self.out.path, self.judged.metrics)
+            sections, self.more = [*told, *sections], self.more | more
+        return sections
 
     def _budget(self, rows: np.ndarray, share: float) -> np.ndarray:
         names, groups = self.labels.names, self.labels.groups
@@ -253,8 +290,10 @@ class _Study:
                 "verb": "transfer",
                 "task": self.config.task,
                 "dataset": self.dataset.version,
+                "images": len(self.selection),
                 "initial": self.initial.provenance,
                 "config": self.config.identity(),
+                **({"stages": self.chain.lineage()} if self.chain is not None else {}),
             },
         )
 
@@ -286,10 +325,12 @@ class _Study:
         )
 
     def _write_model(self, network: nn.Module, estimator: Any, facts: Facts) -> None:
-        seen = own_images(self.selection) | seen_by(self.config.init)
+        own, init = own_images(self.selection), self.config.init
+        labelled = labelled_by(init) | (own if estimator is None else frozenset())
         files = [(domain.REFERENCE, self.domain.dumps()), (README, model_card(facts.card, trained_of(facts)).encode())]
         files += [(HEAD, estimator.dumps())] if estimator is not None else []
-        save_model(self.out.path / "model", facts.card, network, seen=seen, files=files)
+        folder, seen = self.out.path / "model", own | seen_by(init)
+        save_model(folder, facts.card, network, seen=seen, labelled=labelled, files=files)
 
     def _write_predictions(self) -> None:
         write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)
@@ -312,12 +353,12 @@ class _Study:
                 "repeats": self.config.repeats,
                 "groups": len(set(self.labels.groups)),
             },
-            "budgets": {f"{share:g}": self._budget_summary(share) for share in self.budgets},
             "images": len(self.selection),
             "classes": self.classes,
             "best_epoch": self.best_epoch,
             "temperature": self.judged.temperature,
             "metrics": self.judged.metrics,
+            **self.more,
         }
 
 

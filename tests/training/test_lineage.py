@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pytest
+from safetensors.numpy import load_file, save_file
 
 from training.artifact import ModelCard, save_model
 from training.dataset import Selection
 from training.encoder import Architecture
 from training.images import ImagePath
-from training.lineage import SEEN, dump, own_images, seen_by
+from training.lineage import SEEN, dump, labelled_by, own_images, seen_by
 from training.transform import Input
 
 
@@ -23,11 +26,16 @@ def selection(*texts: str) -> Selection:
     return Selection(pa.table({"sha256": pa.array(digests(*texts), pa.string())}))
 
 
-def save_run(run: Path, seen: frozenset[str]) -> Path:
+def save_run(
+    run: Path, seen: frozenset[str], labelled: frozenset[str] = frozenset(), lineage: dict[str, Any] | None = None
+) -> Path:
     card = ModelCard(
-        Architecture("test_efficientnet", 16, 16, 3), ImagePath(16, 16), Input(16, 16, 3, (0.5,) * 3, (0.5,) * 3)
+        Architecture("test_efficientnet", 16, 16, 3),
+        ImagePath(16, 16),
+        Input(16, 16, 3, (0.5,) * 3, (0.5,) * 3),
+        lineage=lineage or {},
     )
-    save_model(run / "model", card, card.architecture.build(), seen=seen)
+    save_model(run / "model", card, card.architecture.build(), seen=seen, labelled=labelled)
     return run
 
 
@@ -65,3 +73,30 @@ def test_two_datasets_add_up(tmp_path: Path) -> None:
     first = save_run(tmp_path / "first", own_images(selection("a", "b")))
     second = save_run(tmp_path / "second", own_images(selection("b", "c")) | seen_by(str(first)))
     assert seen_by(str(second)) == own_images(selection("a", "b", "c"))
+
+
+def test_images_seen_with_their_labels_are_told_from_the_others(tmp_path: Path) -> None:
+    run = save_run(tmp_path, own_images(selection("a", "b", "c")), own_images(selection("b")))
+    assert labelled_by(str(run)) == labelled_by(str(run / "model")) == own_images(selection("b"))
+    assert seen_by(str(run)) == own_images(selection("a", "b", "c"))
+    assert labelled_by("imagenet") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("lineage", "counts"),
+    [
+        ({"verb": "pretrain", "initial": {"init": "none"}}, False),
+        ({"verb": "transfer", "task": "svm", "initial": {"init": "imagenet"}}, False),
+        ({"verb": "transfer", "task": "finetune", "initial": {"init": "none"}}, True),
+        ({"verb": "pretrain", "initial": {"lineage": {"verb": "transfer", "task": "finetune"}}}, True),
+    ],
+)
+def test_an_older_model_counts_all_its_images_where_labels_trained_its_network(
+    tmp_path: Path, lineage: dict[str, Any], counts: bool
+) -> None:
+    seen = own_images(selection("a", "b"))
+    run = save_run(tmp_path, seen, lineage=lineage)
+    file = run / "model" / SEEN
+    save_file({"sha256": load_file(file)["sha256"]}, file)
+    assert labelled_by(str(run)) == (seen if counts else frozenset())
+    assert seen_by(str(run)) == seen
