@@ -106,6 +106,17 @@ EARLY: dict[str, tuple[str, int, str]] = {
     "a model that is no RUN": ("predict images --model empty --out o.parquet", 2, "empty: not a RUN"),
     "a model that is missing": ("embed images --model gone --out o.parquet", 2, "gone: not a RUN"),
     "weights of no RUN": ("transfer --data images --out o --init empty", 2, "empty: not a RUN"),
+    "a chain that is missing": ("transfer --data images --out o --stages gone.yaml", 2, "gone.yaml: no such file"),
+    "a chain that is none": (
+        "transfer --data images --out o --stages typo.yaml",
+        2,
+        "unknown key 'epoch'; a chain has",
+    ),
+    "a chain and first weights": (
+        "transfer --data images --out o --stages typo.yaml --init none",
+        2,
+        "not with --stages",
+    ),
     "evaluation of no RUN": ("evaluate --model images --data images --out o", 2, "images: not a RUN"),
     "nothing to evaluate on": (
         "evaluate --model images --out o",
