@@ -99,7 +99,7 @@ def test_each_task_judges_every_labelled_image_once_per_repeat(
     assert summary["protocol"] == {
         "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group")))
     }  # fmt: skip
-    for name in ("report.html", "config.yaml", "figures/confusion.png", "figures/reliability.png"):
+    for name in ("report.html", "config.yaml", "figures/confusion.png", "figures/reliability.png", "model/README.md"):
         assert (run / name).is_file(), name
     assert not [p for p in run.rglob("*") if p.suffix in {".pkl", ".pt", ".pth"}]
     assert load_model(run).probabilities(Dataset.open(phantoms).pixels(selection.take([0]))).shape == (1, len(classes))

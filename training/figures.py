@@ -306,15 +306,15 @@ def contact_sheet(images: Sequence[Pixels], captions: Sequence[str], path: Path,
     _save(figure, path)
 
 
-def overlays(images: Pixels, maps: ArrayLike | None, captions: Sequence[str], path: Path, columns: int = 3) -> None:
+def overlays(images: Pixels, maps: ArrayLike | None, captions: Sequence[str], path: Path) -> None:
     """Draws pictures [N,H,W,C] uint8 in a grid, each with its caption below and, beside it, itself under its map
     [N,H,W] in 0..1; without maps, the pictures alone, twice as many in a line."""
-    pair = 1 if maps is None else 2
-    columns = min(len(images), columns * 2 // pair)
+    pair, wide = 1 if maps is None else 2, images.shape[2] > 1.8 * images.shape[1]
+    columns = min(len(images), (4 if wide else 6) // pair)
     lines = -(-len(images) // columns)
     texts = [_wrapped(caption) for caption in captions]
     text_height = 0.15 * max(text.count("\n") + 1 for text in texts) + 0.1
-    side = 1.45
+    side = 2.2 if wide else 1.45
     height = side * images.shape[1] / images.shape[2]
     figure = Figure(figsize=(side * pair * columns, (height + text_height) * lines), layout="constrained")
     grid = figure.subplots(lines, columns * pair, squeeze=False)

@@ -107,7 +107,7 @@ def mistakes_section(
     if maps is not None:
         blocks.append(
             report.Text(
-                "Beside each picture stands the same picture with a coloured layer, dark blue for little and yellow "
+                "Beside each picture stands the same picture with a coloured layer, violet for little and yellow "
                 f"for much. It is {WORDS[method]}. What was said, and how surely, is the judgement of a model that was "
                 "not trained on the picture; the colours show where the final model looks, which was fitted again on "
                 "all pictures, this one too. The layer does not say why the answer was wrong."
@@ -138,10 +138,11 @@ def _gallery(
     overlays = None if maps is None else maps(pictures, said)
     captions, table = [], []
     for number, (at, name, probability) in enumerate(zip(places, said, sure, strict=True), 1):
-        true = classes[truth[at]]
-        captions.append(f"{number}   {probability:.2f}\ntruth: {true}\nsaid: {classes[name]}")
-        of_truth = probabilities[at, truth[at]]
-        table.append([str(number), true, classes[name], f"{probability:.2f}", f"{of_truth:.2f}"])
+        true, second = classes[truth[at]], int(np.argsort(-probabilities[at])[1])
+        answer = [f"truth: {true}", f"said: {classes[name]}"] if truth[at] != name else [f"truth and said: {true}"]
+        captions.append("\n".join([f"{number}   {probability:.2f}", *answer]))
+        runner_up = f"{classes[second]} ({probabilities[at, second]:.2f})"
+        table.append([str(number), true, classes[name], f"{probability:.2f}", runner_up])
     figures.overlays(pictures, overlays, captions, path)
     beside = ", each beside its map of where the final model looks" if overlays is not None else ""
     return [
@@ -152,7 +153,7 @@ def _gallery(
             contains_data=True,
         ),
         report.Table(
-            ["picture", "truth", "the model said", "probability", "probability of the truth"],
+            ["picture", "truth", "the model said", "probability", "next likeliest"],
             table,
             f"{what}, in words",
         ),

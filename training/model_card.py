@@ -174,7 +174,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _escaped(text: str) -> str:
     """One line in which no character is Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|~&$!])", r"\\\1", _one_line(text))
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", _one_line(text))
 
 
 def _one_line(text: str) -> str:

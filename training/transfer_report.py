@@ -266,6 +266,7 @@ def _about_training(facts: Facts) -> dict[str, str]:
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
         "selection": "No test image chose anything. The final model was fitted again on all labelled images"
         + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
+        "ensembles": "None: one model answers.",
         "imbalance": "Classes were weighted to have the same say in training."
         if config.task in {"finetune", "linear", "svm"}
         else "",

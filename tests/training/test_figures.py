@@ -145,13 +145,13 @@ def test_figures_never_touch_pyplot() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(("count", "width"), [(1, 30), (4, 30), (4, 60)])
 def test_overlays_show_the_map_beside_the_picture_or_the_pictures_alone(
-    tmp_path: Path, count: int, channels: int
+    tmp_path: Path, count: int, width: int, channels: int
 ) -> None:
-    images = np.full((count, 20, 30, channels), 128, dtype=np.uint8)
-    maps = np.zeros((count, 20, 30), dtype=np.float32)
-    maps[:, :, 15:] = 1
+    images = np.full((count, 20, width, channels), 128, dtype=np.uint8)
+    maps = np.zeros((count, 20, width), dtype=np.float32)
+    maps[:, :, width // 2 :] = 1
     names = ["1   0.93\ntruth: a/$b\nsaid: c"] * count
     figures.overlays(images, maps, names, tmp_path / "a.png")
     figures.overlays(images, None, names, tmp_path / "b.png")
