@@ -17,7 +17,12 @@ _BYTES = 16
 
 def own_images(selection: Selection) -> frozenset[str]:
     """Shortened sha256 of the images of a selection."""
-    return frozenset(digest[: 2 * _BYTES] for digest in selection.column("sha256"))
+    return frozenset(digests(selection))
+
+
+def digests(selection: Selection) -> list[str]:
+    """Shortened sha256 of each row of a selection, as `own_images` and `seen_by` hold them."""
+    return [digest[: 2 * _BYTES] for digest in selection.column("sha256")]
 
 
 def seen_by(run: str) -> frozenset[str]:
