@@ -188,7 +188,7 @@ def test_the_report_shows_copies_across_patients_before_anything_is_trained(tmp_
         frozenset(("3.png", "again.jpg"))
     } == set(copied)
     kinds = {next(iter(pair - set(distinct(8)))): row["kind"] for pair, row in copied.items()}
-    assert kinds["same.png"] == "the same bytes" and kinds["again.jpg"] == "encoded again or resized"
+    assert kinds["same.png"] == "the same bytes" and kinds["again.jpg"] == "nearly the same"
     assert kinds["turned.png"] == "a quarter turn" and "brighter" in kinds["bright.jpg"]
     across = {next(iter(pair - set(distinct(8)))) for pair, row in copied.items() if row["across_groups"]}
     assert across == {"same.png", "turned.png", "bright.jpg"}

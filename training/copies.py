@@ -28,8 +28,10 @@ COARSE, COARSE_CORRELATION = 16, 0.97
 UNTONED_CORRELATION = 0.9
 """What thumbnails must correlate as they are: any two vignettes agree once their grey values are made to."""
 SIDE = 64
-TURNS = ("", *("a quarter turn", "half a turn", "a quarter turn"), "mirrored left to right")
-TURNS = (*TURNS, "mirrored along a diagonal", "mirrored top to bottom", "mirrored along a diagonal")
+TURNS = (
+    *("", "a quarter turn", "half a turn", "a quarter turn"),
+    *("mirrored left to right", "mirrored along a diagonal", "mirrored top to bottom", "mirrored along a diagonal"),
+)
 """What was done to the second image of a pair: quarter turns, then the same of its mirror image."""
 _BLOCK, _CHUNK = 512, 2048
 
@@ -65,8 +67,8 @@ def near_copies(grey: Thumbnails, least: float = LOOK) -> Near:
     coefficients = _low_frequencies(grey)
     nominated = near_pairs(_hashes(coefficients), np.stack([_hashes(_turned(coefficients, t)) for t in range(8)]))
     coarse = grey.reshape(-1, COARSE, SIDE // COARSE, COARSE, SIDE // COARSE).mean(axis=(2, 4), dtype=np.float32)
-    nominated = nominated[_toned_correlation(coarse, nominated, -1.0) >= COARSE_CORRELATION]
-    found = _toned_correlation(grey.reshape(-1, SIDE, SIDE), nominated, UNTONED_CORRELATION)
+    nominated = nominated[_toned_correlation(coarse, nominated) >= COARSE_CORRELATION]
+    found = _toned_correlation(grey.reshape(-1, SIDE, SIDE), nominated)
     order = np.lexsort((nominated[:, 2], -found))
     _, first = np.unique(nominated[order, :2], axis=0, return_index=True)
     best = order[np.sort(first)]
@@ -119,25 +121,43 @@ def _hashes(coefficients: NDArray[np.float32]) -> NDArray[np.uint64]:
     return np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
 
 
-def _toned_correlation(images: np.ndarray, pairs: NDArray[np.int64], untoned: float) -> NDArray[np.float32]:
+def _toned_correlation(images: np.ndarray, pairs: NDArray[np.int64]) -> NDArray[np.float32]:
     """Correlation [P] of the pairs (i, j, turn) of images [N, S, S] after their grey values were made to agree.
 
     Either image is given the values of the other, by rank, and the better of the two counts: a clipped image can be
-    made from an unclipped one, not the other way. Pairs that correlate less than `untoned` as they are keep that.
+    made from an unclipped one, not the other way. Pairs that correlate less than `UNTONED_CORRELATION` as they are
+    keep that.
     """
+    used, place = np.unique(pairs[:, :2], return_inverse=True)
+    pairs = np.column_stack([place.reshape(-1, 2), pairs[:, 2]])
+    images = images[used]
+    flat = images.reshape(len(used), images.shape[1] * images.shape[2])
+    order = np.argsort(flat, axis=1, kind="stable")
+    values, ranks = np.take_along_axis(flat, order, axis=1), np.empty(flat.shape, dtype=np.int16)
+    np.put_along_axis(ranks, order, np.arange(flat.shape[1], dtype=np.int16)[None], axis=1)
+    ranks = ranks.reshape(images.shape)
     found = [np.empty(0, dtype=np.float32)]
-    for part in _parts(pairs, 1 << 22, images.shape[1] ** 2):
-        one = images[part[:, 0]].reshape(len(part), -1)
-        other = np.empty_like(one).reshape(len(part), *images.shape[1:])
-        for turn in np.unique(part[:, 2]):
-            mine = part[:, 2] == turn
-            other[mine] = _turn(images[part[mine, 1]], int(turn))
-        other = other.reshape(len(part), -1)
+    for part in _parts(pairs, 1 << 21, flat.shape[1]):
+        i, j = part[:, 0], part[:, 1]
+        one, other = flat[i], _each_turned(images, part)
         plain = _correlation(one, other)
-        alike = np.flatnonzero(plain >= untoned)
-        plain[alike] = np.maximum(plain[alike], _matched(one[alike], other[alike]))
+        alike = np.flatnonzero(plain >= UNTONED_CORRELATION)
+        i, j, one, other = i[alike], j[alike], one[alike], other[alike]
+        as_other = np.take_along_axis(values[j], ranks[i].reshape(one.shape).astype(np.intp), axis=1)
+        as_one = np.take_along_axis(values[i], _each_turned(ranks, part[alike]).astype(np.intp), axis=1)
+        better = np.maximum(_correlation(as_other, other), _correlation(one, as_one))
+        plain[alike] = np.maximum(plain[alike], better)
         found.append(plain)
     return np.concatenate(found)
+
+
+def _each_turned(images: np.ndarray, pairs: NDArray[np.int64]) -> np.ndarray:
+    """The second image of each pair (i, j, turn), turned and flat: [P, S * S]."""
+    out = np.empty((len(pairs), *images.shape[1:]), dtype=images.dtype)
+    for turn in np.unique(pairs[:, 2]):
+        mine = pairs[:, 2] == turn
+        out[mine] = _turn(images[pairs[mine, 1]], int(turn))
+    return out.reshape(len(pairs), images.shape[1] * images.shape[2])
 
 
 def _parts(pairs: NDArray[np.int64], cells: int, each: int) -> Iterator[NDArray[np.int64]]:
@@ -148,17 +168,6 @@ def _parts(pairs: NDArray[np.int64], cells: int, each: int) -> Iterator[NDArray[
 def _turn(images: np.ndarray, turn: int) -> np.ndarray:
     """Images [N, S, S] in position `turn` of `TURNS`."""
     return np.rot90(images[:, :, ::-1] if turn >= 4 else images, turn % 4, axes=(1, 2))
-
-
-def _matched(one: np.ndarray, other: np.ndarray) -> NDArray[np.float32]:
-    """Correlation [P] of rows [P, D] of which one was given the other's values by rank; the better direction."""
-    orders = [np.argsort(rows, axis=1, kind="stable") for rows in (one, other)]
-    values = [np.take_along_axis(rows, order, axis=1) for rows, order in zip((one, other), orders, strict=True)]
-    given = np.empty_like(one)
-    np.put_along_axis(given, orders[0], values[1], axis=1)
-    first = _correlation(given, other)
-    np.put_along_axis(given, orders[1], values[0], axis=1)
-    return np.maximum(first, _correlation(one, given))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> NDArray[np.float32]:

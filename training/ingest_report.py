@@ -90,7 +90,7 @@ def _kind(near: Near, at: int, grey: Callable[[int], np.ndarray]) -> str:
     words = [TURNS[near.turn[at]]] if near.turn[at] else []
     words += ["brighter" if gap > 0 else "darker"] if abs(gap) > BRIGHTER else []
     words += ["more contrast" if spread > 1 else "less contrast"] if max(spread, 1 / spread) > CONTRAST else []
-    return ", ".join(words) or ("encoded again or resized" if near.copies[at] else "alike")
+    return ", ".join(words) or ("nearly the same" if near.copies[at] else "alike")
 
 
 def write_copies(path: Path, pairs: pa.Table) -> None:
@@ -153,7 +153,8 @@ def _read_section(told: Ingested, names: bool) -> report.Section:
             (f"From {told.source}: " if names else "")
             + f"{counts['images']:,} images were listed, {counts['ok']:,} are kept, {counts['duplicate']:,} are the "
             f"same bytes as another and left out, {counts['quarantined']:,} could not be read. Stored as "
-            f"{path['height']} x {path['width']} pixels with {told.info['channels']} channel{'s' if told.info['channels'] > 1 else ''}."
+            f"{path['height']} x {path['width']} pixels "
+            f"with {told.info['channels']} channel{'s' if told.info['channels'] > 1 else ''}."
         ),
         report.Table(["class", "images", "groups"], rows[: 5 * LISTED], "Images that are kept"),
     ]
@@ -208,9 +209,9 @@ def _copy_section(out: Path, told: Ingested, images: bool) -> report.Section:
     if across.num_rows:
         blocks.append(
             report.Warning(
-                f"{across.num_rows:,} of {copies.num_rows:,} pairs of copies are across groups: the same picture under "
-                "two patients. Their groups were put together, so that no split takes them apart. Look whether the "
-                "groups are right."
+                f"{across.num_rows:,} of {copies.num_rows:,} pairs of copies are across groups (an image without a "
+                "group is its own): one picture under two names. Their groups were put together, so that no split "
+                "takes them apart. Look whether the groups are right."
             )
         )
     tally = Counter(zip(copies["kind"].to_pylist(), copies["across_groups"].to_pylist(), strict=True))
