@@ -169,6 +169,52 @@ def test_copies_that_would_weld_much_of_the_data_into_one_group_stop_it(tmp_path
     assert ingest(config(source, tmp_path / "out2", max_merged_group=0.6))["groups"] == 30
 
 
+def test_the_report_shows_copies_across_patients_before_anything_is_trained(tmp_path: Path) -> None:
+    files = distinct(8) | {"broken.png": b""}
+    picture = Image.fromarray(scan(1))
+    files["same.png"] = files["0.png"]
+    files["turned.png"] = encoded(picture.transpose(Image.Transpose.ROTATE_90), "PNG")
+    files["bright.jpg"] = encoded(Image.fromarray(scan(2)).point(lambda v: min(255, v * 1.2)), "JPEG", quality=90)
+    files["again.jpg"] = encoded(scan(3), "JPEG", quality=80)
+    given = {**{f"{n}.png": f"p{n}" for n in range(8)}, "same.png": "q0", "turned.png": "q1", "bright.jpg": "q2"}
+    rows = [f"{name},a,{given.get(name, 'p3')}" for name in files if name != "turned.png"] + ["turned.png,b,q1"]
+    source = write_index(tmp_path / "in", files, rows)
+    summary = ingest(config(source, tmp_path / "out", image_size="128"))
+    pairs = {
+        frozenset((r["path_a"], r["path_b"])): r for r in pq.read_table(tmp_path / "out/copies.parquet").to_pylist()
+    }
+    copied = {pair: row for pair, row in pairs.items() if row["merged"]}
+    assert {frozenset(p) for p in (("0.png", "same.png"), ("1.png", "turned.png"), ("2.png", "bright.jpg"))} | {
+        frozenset(("3.png", "again.jpg"))
+    } == set(copied)
+    kinds = {next(iter(pair - set(distinct(8)))): row["kind"] for pair, row in copied.items()}
+    assert kinds["same.png"] == "the same bytes" and kinds["again.jpg"] == "nearly the same"
+    assert kinds["turned.png"] == "a quarter turn" and "brighter" in kinds["bright.jpg"]
+    across = {next(iter(pair - set(distinct(8)))) for pair, row in copied.items() if row["across_groups"]}
+    assert across == {"same.png", "turned.png", "bright.jpg"}
+    found = by_path(tmp_path / "out")
+    assert [found[n]["group"] for n in ("same.png", "turned.png", "bright.jpg")] == ["p0", "p1", "p2"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "3 of 4 pairs of copies are across groups" in page and "a quarter turn" in page
+    assert "zero bytes" in page and "broken.png" in page and "disagree on their label: 1." in page
+    assert page.count("data:image/png") >= 2
+    # without pictures nothing names a file or a patient, and the data set is the same
+    assert ingest(config(source, tmp_path / "bare", image_size="128", images=False))["groups"] == summary["groups"]
+    bare = (tmp_path / "bare/report.html").read_text()
+    assert "data:image" not in bare and "broken.png" not in bare and "zero bytes" in bare
+    assert not (tmp_path / "bare/figures").exists()
+    assert Dataset.open(tmp_path / "bare").version == Dataset.open(tmp_path / "out").version
+
+
+def test_copies_that_stop_the_ingest_can_be_looked_at(tmp_path: Path) -> None:
+    files = distinct(30) | {f"copy{n}.jpg": encoded(scan(0), "JPEG", quality=60 + n) for n in range(30)}
+    source = write_index(tmp_path / "in", files, [f"{name},a,{name}" for name in files])
+    with pytest.raises(DataError, match=r"report\.html"):
+        ingest(config(source, tmp_path / "out"))
+    assert "are across groups" in (tmp_path / "out" / "report.html").read_text()
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 @pytest.mark.parametrize("fit", ["letterbox", "squash", "crop"])
 def test_shards_hold_exactly_what_decode_gives_also_for_other_shapes_and_sixteen_bits(tmp_path: Path, fit: str) -> None:
     rng = np.random.default_rng(3)

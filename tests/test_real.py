@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.session import Resources
+from tests.benchmarks.copies import read_set
 from training.configs import IngestConfig, TransferConfig
+from training.copies import merge_groups, near_copies
 from training.dataset import Dataset
 from training.ingest import ingest
 from training.transfer import transfer
@@ -58,6 +60,17 @@ def test_near_copies_weld_few_patients_of_the_retina(ingested: Path, shared_data
     assert len(given) == len({row["group"] for row in index(shared_data / "retina") if row["label"] and row["group"]})
     assert len(kept) >= 239
     assert Dataset.open(ingested / "retina").info["counts"]["largest_group_fraction"] < 0.05
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("cervix", 0), ("chest_ct", 0), ("retina", 15)])
+def test_near_copies_of_real_sets_are_few_and_none_is_turned(shared_data: Path, name: str, pairs: int) -> None:
+    """The pairs of the retina are the same photograph under two numbers; adjacent slices of a lung are no copies."""
+    real = read_set(shared_data / name)
+    near = near_copies(real.thumbnails)
+    near = near.take(near.copies)
+    assert len(near) <= pairs
+    assert not near.turn.any()
+    assert len(set(real.groups)) - len(set(merge_groups(real.groups, near.rows))) <= pairs // 2 + 1
 
 
 def test_imagenet_features_tell_cells_apart_better_than_chance(ingested: Path, tmp_path: Path) -> None:

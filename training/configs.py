@@ -39,6 +39,8 @@ class IngestConfig(Config):
     "Images with more pixels than this are quarantined unread."
     seed: int = 0
     "Seed of generated phantoms."
+    images: bool = True
+    "Pictures of the data, and names of files and groups, in report.html."
     overwrite: bool = False
     "Replace what is at --out."
 

@@ -286,6 +286,33 @@ def reconstructions(original: Pixels, masked: Pixels, reconstructed: Pixels, pat
     _save(figure, path)
 
 
+def pairs(
+    images: Sequence[tuple[Pixels, Pixels]],
+    titles: Sequence[str],
+    captions: Sequence[tuple[str, str]],
+    path: Path,
+    columns: int = 2,
+) -> None:
+    """Draws pairs of pictures [H,W] or [H,W,C] uint8 side by side, a title above each pair and a caption below each
+    picture."""
+    if not images:
+        raise ValueError("images: needs at least one pair")
+    columns = min(columns, len(images))
+    lines = -(-len(images) // columns)
+    texts = [tuple(_wrapped(caption) for caption in both) for both in captions]
+    text_height = 0.14 * max(text.count("\n") + 1 for both in texts for text in both) + 0.4
+    figure = Figure(figsize=(4.2 * columns, (1.9 + text_height) * lines), layout="constrained")
+    cells = np.asarray(figure.subfigures(lines, columns, squeeze=False, wspace=0.04)).ravel()
+    for cell, both, title, words in zip(cells, images, titles, texts, strict=False):
+        cell.suptitle(title.replace("$", r"\$"), fontsize=8)
+        for axes, image, text in zip(cell.subplots(1, 2), both, words, strict=True):
+            _picture(axes, image)
+            axes.set_adjustable("datalim")
+            axes.set_box_aspect(1)
+            axes.set_xlabel(text, fontsize=7, labelpad=3)
+    _save(figure, path)
+
+
 def contact_sheet(images: Sequence[Pixels], captions: Sequence[str], path: Path, columns: int = 6) -> None:
     """Draws pictures [H,W] or [H,W,C] uint8 of any sizes in a grid, each with its caption below."""
     if not images:

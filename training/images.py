@@ -263,14 +263,6 @@ def grey64(pixels: Pixels) -> Pixels:
     return np.array(grey.resize((64, 64), Image.Resampling.BICUBIC))
 
 
-def perceptual_hash(pixels: Pixels) -> int:
-    """64-bit `imagehash.phash` of pixels [H, W, 1 or 3] or of their thumbnail [64, 64]; copies differ in few bits."""
-    import imagehash  # pulls in scipy
-
-    thumbnail = pixels if pixels.ndim == 2 else grey64(pixels)
-    return int(str(imagehash.phash(Image.fromarray(thumbnail))), 16)
-
-
 # What the bytes are
 
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,15 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import DataError, UsageError
 from cluster.mirror import CONFIG
+from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
 from training import copies
 from training.configs import IngestConfig, parse_size
 from training.dataset import FORMAT, ROW_GROUP, Dataset, is_dataset
 from training.device import accelerator
-from training.images import ImagePath, UnreadableImage, content, decode_array, decode_bytes, grey64, perceptual_hash
+from training.images import ImagePath, UnreadableImage, content, decode_array, decode_bytes, grey64
+from training.ingest_report import Found, Ingested, pair_table, pictures_of, write_copies, write_ingest_report
 from training.sources import Listing, Reader, list_source
 
 SHARDS = "shards"
@@ -42,7 +43,6 @@ RESULT_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("channels", pa.int8()),
-        ("hash", pa.uint64()),
         ("grey", pa.binary()),
         ("sums", pa.list_(pa.float64())),
     ]
@@ -111,7 +111,6 @@ class PartWriter:
         if decoded.pixels is None:
             return {**result, "status": "quarantined", "reason": decoded.reason, "shard": "", "row": -1}
         picture = content(decoded.pixels, decoded.height, decoded.width, self.path)
-        thumbnail = grey64(picture)
         values = decoded.pixels.reshape(-1, decoded.pixels.shape[2]).astype(np.float64) / 255
         return {
             **result,
@@ -120,8 +119,7 @@ class PartWriter:
             "height": decoded.height,
             "width": decoded.width,
             "channels": decoded.pixels.shape[2],
-            "hash": perceptual_hash(thumbnail),
-            "grey": thumbnail.tobytes(),
+            "grey": grey64(picture).tobytes(),
             "sums": [*values.mean(axis=0), *(values**2).mean(axis=0)],
         }
 
@@ -144,7 +142,7 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
         with session(cpus=cores() + 1, log=out.log):
             results = read_all(listing, path, storage.join(out.uri, SHARDS))
         seconds = time.monotonic() - started
-        summary = _write(config, path, listing, results, out.path)
+        summary = _write(config, path, listing, results, out)
         summary |= {"seconds": seconds, "images_per_second": len(listing.rows) / seconds}
         out.finish(summary)
         _tell(config, summary, listing)
@@ -175,7 +173,7 @@ def read_all(listing: Listing, path: ImagePath, shards: str) -> pa.Table:
     return pa.concat_tables(found).sort_by("at")
 
 
-def _write(config: IngestConfig, path: ImagePath, listing: Listing, results: pa.Table, out: Path) -> dict[str, Any]:
+def _write(config: IngestConfig, path: ImagePath, listing: Listing, results: pa.Table, out: OutDir) -> dict[str, Any]:
     status, reason = results["status"].to_pylist(), results["reason"].to_pylist()
     paths = listing.rows["path"].to_pylist()
     _check_quarantine(config, paths, status, reason)
@@ -186,12 +184,12 @@ def _write(config: IngestConfig, path: ImagePath, listing: Listing, results: pa.
     given = listing.rows["group"].to_pylist()
     ids = listing.image_ids()
     groups = [g or f"image:{i}" for g, i in zip(given, ids, strict=True)]
-    same, near = _copy_pairs(results, sha, ok)
-    labels, conflicts = _agree_labels(listing.rows["label"].to_pylist(), np.concatenate([same, near]), paths)
-    merged = copies.merge_groups(groups, np.concatenate([same, near]))
-    for first, again in same:
+    found = _copy_pairs(results, sha, ok)
+    labels_given = listing.rows["label"].to_pylist()
+    labels, conflicts = _agree_labels(labels_given, found.merged, paths)
+    merged = copies.merge_groups(groups, found.merged)
+    for first, again in found.same:
         status[again], reason[again] = "duplicate", f"same bytes as {paths[first]}"
-    _check_merged(config, groups, merged, np.asarray(status), paths)
 
     table = listing.rows.drop_columns(["key", "label", "group"])
     extra = {n: table[n] for n in table.column_names if n not in {"path", "frame", "case"} | set(results.column_names)}
@@ -218,23 +216,29 @@ def _write(config: IngestConfig, path: ImagePath, listing: Listing, results: pa.
         }
     )
     info = _describe(config, path, manifest, results, conflicts)
-    partial = out / ".manifest.parquet"
+    pairs = pair_table(found, ids, listing.rows, labels_given, merged)
+    write_copies(out.path / "copies.parquet", pairs)
+    pictures = pictures_of(Dataset(out.uri, info), manifest, found.same)
+    told = Ingested(config.source, manifest, info, pairs, labels_given, pictures)
+    write_ingest_report(out.path, told, images=config.images)
+    _check_merged(config, groups, merged, np.asarray(status), paths, out.name("report.html"))
+    partial = out.path / ".manifest.parquet"
     pq.write_table(manifest, partial)
-    storage.publish_file(partial, out / "manifest.parquet")
-    storage.write_json(out / "dataset.json", info)
+    storage.publish_file(partial, out.path / "manifest.parquet")
+    storage.write_json(out.path / "dataset.json", info)
     return dict(info["counts"]) | {"largest_group_fraction": info["counts"]["largest_group_fraction"]}
 
 
-def _copy_pairs(results: pa.Table, sha: list[str], ok: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(byte-identical pairs with the first one first, near-copy pairs), both [P, 2] row numbers."""
+def _copy_pairs(results: pa.Table, sha: list[str], ok: np.ndarray) -> Found:
     first: dict[str, int] = {}
     same = [(first.setdefault(sha[at], int(at)), int(at)) for at in ok]
     pairs = np.asarray([p for p in same if p[0] != p[1]], dtype=np.int64).reshape(-1, 2)
     unique = np.asarray(sorted(first.values()))
-    nominated = copies.near_pairs(results["hash"].take(pa.array(unique)).to_numpy())
     grey = results["grey"].take(pa.array(unique)).to_pylist()
-    near = copies.correlated(nominated, np.stack([np.frombuffer(g, np.uint8) for g in grey]))
-    return pairs, unique[near].reshape(-1, 2)
+    thumbnails = np.stack([np.frombuffer(g, np.uint8) for g in grey])
+    near = copies.near_copies(thumbnails)
+    place = {int(row): at for at, row in enumerate(unique)}
+    return Found(pairs, replace(near, rows=unique[near.rows].reshape(-1, 2)), lambda row: thumbnails[place[row]])
 
 
 def _agree_labels(labels: list[str], pairs: np.ndarray, paths: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -265,7 +269,7 @@ def _check_quarantine(config: IngestConfig, paths: list[str], status: list[str],
 
 
 def _check_merged(
-    config: IngestConfig, given: list[str], merged: list[str], status: np.ndarray, paths: list[str]
+    config: IngestConfig, given: list[str], merged: list[str], status: np.ndarray, paths: list[str], report: str
 ) -> None:
     """Stop where copies welded a large part of the data into one group: every split would be distorted by it."""
     joined: dict[str, set[str]] = {}
@@ -282,7 +286,8 @@ def _check_merged(
     raise DataError(
         f"{config.source}: copies join {len(joined[name])} groups into one of {count} of {total} images "
         f"(such as {', '.join(examples)})\n"
-        f"check that they are copies; accept them with --max-merged-group {min(1.0, count / total + 0.01):.2f}"
+        f"look at them in {report}; if they are copies, accept them with --max-merged-group "
+        f"{min(1.0, count / total + 0.01):.2f}"
     )
 
 

@@ -118,6 +118,16 @@ def test_a_contact_sheet_takes_pictures_of_any_shape_and_captions_with_dollars(t
         assert holds_colour(pixels, colour, share=0.02)
 
 
+def test_pairs_stand_side_by_side_whatever_their_shapes_and_names(tmp_path: Path) -> None:
+    wide, tall = np.full((20, 60), 90, np.uint8), np.zeros((50, 30, 3), np.uint8)
+    tall[..., 0] = 230
+    words = ("a/very/long/path/of/a/file_with_$dollars$.png\ngroup: x", "b")
+    figures.pairs([(wide, tall)] * 3, ["a quarter turn; 1.0", "$x$", "c"], [words] * 3, tmp_path / "a.png")
+    assert holds_colour(opened(tmp_path / "a.png"), (230, 0, 0), 0.02)
+    with pytest.raises(ValueError, match="at least one pair"):
+        figures.pairs([], [], [], tmp_path / "b.png")
+
+
 def test_a_contact_sheet_needs_a_caption_for_each_picture(tmp_path: Path) -> None:
     picture = np.zeros((8, 8, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="shorter"):

@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,7 +31,6 @@ from training.images import (
     decode_bytes,
     from_array,
     grey64,
-    perceptual_hash,
     to_channels,
 )
 
@@ -475,7 +473,7 @@ def test_luma_is_pillow_s_and_grey_survives_the_round_trip() -> None:
         to_channels(array, 2)
 
 
-def test_copies_have_near_hashes_and_other_pictures_far_ones() -> None:
+def test_thumbnails_of_copies_correlate_and_of_other_pictures_do_not() -> None:
     rng = np.random.default_rng(5)
     blocks = [rng.integers(0, 256, (12, 12, 3)).astype(np.uint8) for _ in range(2)]
     first, second = (np.asarray(Image.fromarray(b).resize((300, 300), Image.Resampling.BICUBIC)) for b in blocks)
@@ -483,19 +481,9 @@ def test_copies_have_near_hashes_and_other_pictures_far_ones() -> None:
     original = decode(encoded(first, "PNG"), path)
     copy = decode(encoded(Image.fromarray(first).resize((200, 200)), "JPEG", quality=70), path)
     other = decode(encoded(second, "PNG"), path)
-    assert (perceptual_hash(original) ^ perceptual_hash(copy)).bit_count() <= 6
-    assert (perceptual_hash(original) ^ perceptual_hash(other)).bit_count() > 12
     thumbs = [grey64(p).ravel().astype(float) for p in (original, copy, other)]
     assert np.corrcoef(thumbs)[0, 1] > 0.998 > np.corrcoef(thumbs)[0, 2]
-
-
-def test_the_hash_is_imagehash_s_and_has_64_bits() -> None:
-    pixels = decode(encoded(picture(), "PNG"), SMALL)
-    thumbnail = grey64(pixels)
-    assert thumbnail.shape == (64, 64) and thumbnail.dtype == np.uint8
-    bits = imagehash.phash(Image.fromarray(thumbnail)).hash.ravel()
-    assert perceptual_hash(pixels) == perceptual_hash(thumbnail) == int("".join("01"[int(b)] for b in bits), 2)
-    assert 0 <= perceptual_hash(pixels) < 2**64
+    assert grey64(original).shape == (64, 64) and grey64(original).dtype == np.uint8
 
 
 def test_arrays_come_back_writable_and_contiguous() -> None:
