@@ -154,6 +154,10 @@ class TransferConfig(Config):
     "Repetitions of the cross-validation with other splits."
     split: Split = "group"
     "group keeps a patient on one side; image does not, and leaks."
+    by: tuple[str, ...] = ()
+    "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
+    prevalence: tuple[float, ...] = ()
+    "Shares of a class for which predictive values are stated, such as 0.01 0.1."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -194,6 +198,7 @@ class TransferConfig(Config):
         self._require("repeats", self.repeats >= 1, "needs at least 1")
         self._require("epochs", self.epochs > 0, "must be at least 1")
         self._require("batch_size", self.batch_size > 1, "must be at least 2")
+        self._require("prevalence", all(0 < share < 1 for share in self.prevalence), "must lie between 0 and 1")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
 
@@ -210,6 +215,10 @@ class EvaluateConfig(Config):
     "Where the report goes."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
+    by: tuple[str, ...] = ()
+    "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
+    prevalence: tuple[float, ...] = ()
+    "Shares of a class for which predictive values are stated, such as 0.01 0.1."
     allow_seen: bool = False
     "Also judge images of the model's own lineage; the figures are then optimistic."
     batch_size: int = 64
@@ -222,6 +231,9 @@ class EvaluateConfig(Config):
     "Pictures of the data in report.html."
     overwrite: bool = False
     "Throw away what is at --out."
+
+    def __post_init__(self) -> None:
+        self._require("prevalence", all(0 < share < 1 for share in self.prevalence), "must lie between 0 and 1")
 
 
 @Parameter(name="*")
