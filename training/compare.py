@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtr
 from scipy.stats import binom, chi2
 
+from training.bootstrap import Floats, tail_share
 from training.delong import DeLong, delong
-from training.metrics import NAMES, Floats, paired_draws, tail_share
+from training.metrics import NAMES, paired_draws
 
 RESAMPLES = 2000
 """Resamples of groups: the smallest p-value that they can give is 0.001."""

@@ -164,6 +164,10 @@ class TransferConfig(Config):
     "Share of the groups that --split holdout judges on."
     label_fraction: tuple[float, ...] = (1.0,)
     "Shares of the training groups to fit with: a curve; the largest is the run's own."
+    by: tuple[str, ...] = ()
+    "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
+    prevalence: tuple[float, ...] = ()
+    "Shares of a class for which predictive values are stated, such as 0.01 0.1."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -216,6 +220,7 @@ class TransferConfig(Config):
             for field in ("model", "preset"):
                 given = getattr(self, field) not in {None, "auto"}
                 self._require(field, not given, "not with --stages, whose first stage decides the network")
+        self._require("prevalence", all(0 < share < 1 for share in self.prevalence), "must lie between 0 and 1")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
 
@@ -234,6 +239,10 @@ class EvaluateConfig(Config):
     "RUNs that the model is compared with; without --data by the out-of-fold predictions of the same folds."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
+    by: tuple[str, ...] = ()
+    "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
+    prevalence: tuple[float, ...] = ()
+    "Shares of a class for which predictive values are stated, such as 0.01 0.1."
     allow_seen: bool = False
     "Also judge images of the model's own lineage; the figures are then optimistic."
     batch_size: int = 64
@@ -254,6 +263,7 @@ class EvaluateConfig(Config):
             )
         if self.data is None and self.where:
             raise UsageError(f"--where {' '.join(self.where)}: chooses rows of --data, which is not given")
+        self._require("prevalence", all(0 < share < 1 for share in self.prevalence), "must lie between 0 and 1")
 
 
 @Parameter(name="*")

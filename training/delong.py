@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtr
 from scipy.stats import rankdata
 
-from training.metrics import Floats, Ints
+from training.bootstrap import Floats, Ints
 
 Z95 = 1.959963984540054
 """97.5 % point of the normal distribution."""

@@ -9,28 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
-from scipy.special import ndtr, stdtrit
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from training.bootstrap import Floats, Ints, Metric, group_weights, interval, mean_defined, number, ratio
 
 BINS = 15
 """Bins of the expected calibration error, as in Guo et al., 2017."""
 CELLS = 4_000_000
 """Largest rows x resamples array that the bootstrap holds at once."""
-
-
-class Metric(TypedDict):
-    """One entry of `metrics` in `summary.json`; `None` where a value is not defined."""
-
-    value: float | None
-    ci95: list[float | None]
-    per_fold: list[float | None]
 
 
 class Reliability(NamedTuple):
@@ -47,13 +37,13 @@ class Reliability(NamedTuple):
 def accuracy(confusions: ArrayLike) -> Floats:
     """Share of the rows that are right."""
     m = np.asarray(confusions, dtype=np.float64)
-    return _ratio(_diagonal(m).sum(-1), m.sum((-2, -1)))
+    return ratio(_diagonal(m).sum(-1), m.sum((-2, -1)))
 
 
 def balanced_accuracy(confusions: ArrayLike) -> Floats:
     """Mean recall of the classes that occur in the truth."""
     m = np.asarray(confusions, dtype=np.float64)
-    return _mean_defined(_ratio(_diagonal(m), m.sum(-1)), axis=-1)
+    return mean_defined(ratio(_diagonal(m), m.sum(-1)), axis=-1)
 
 
 def kappa(confusions: ArrayLike) -> Floats:
@@ -72,13 +62,13 @@ def kappa_quadratic(confusions: ArrayLike) -> Floats:
 def f1_macro(confusions: ArrayLike) -> Floats:
     """Mean F1 of the classes that occur in the truth or among the predictions."""
     m = np.asarray(confusions, dtype=np.float64)
-    return _mean_defined(_ratio(2 * _diagonal(m), m.sum(-1) + m.sum(-2)), axis=-1)
+    return mean_defined(ratio(2 * _diagonal(m), m.sum(-1) + m.sum(-2)), axis=-1)
 
 
 def _kappa(m: Floats, cost: Floats) -> Floats:
     expected = m.sum(-1)[..., :, None] * m.sum(-2)[..., None, :]
     total = m.sum((-2, -1))
-    return 1 - _ratio((m * cost).sum((-2, -1)) * total, (expected * cost).sum((-2, -1)))
+    return 1 - ratio((m * cost).sum((-2, -1)) * total, (expected * cost).sum((-2, -1)))
 
 
 OF_CONFUSION: dict[str, Callable[[ArrayLike], Floats]] = {
@@ -105,8 +95,8 @@ def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) ->
     p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
     which, counts = _bin(p.max(1), bins), np.bincount(_bin(p.max(1), bins), minlength=bins)
     return Reliability(
-        _ratio(np.bincount(which, p.max(1), bins), counts),
-        _ratio(np.bincount(which, (p.argmax(1) == t).astype(np.float64), bins), counts),
+        ratio(np.bincount(which, p.max(1), bins), counts),
+        ratio(np.bincount(which, (p.argmax(1) == t).astype(np.float64), bins), counts),
         counts,
     )
 
@@ -115,6 +105,14 @@ def ece(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> float:
     """Expected calibration error of the top-1 confidence (Guo et al., 2017, equation 3), 0 to 1."""
     confidence, right, counts = reliability(probabilities, truth, bins)
     return float(np.nansum(counts * np.abs(right - confidence)) / counts.sum())
+
+
+def bin_gaps(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> Floats:
+    """Each row's right - confidence in the column of its bin, [M,bins]: `ece` is a function of their sums."""
+    p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
+    gaps = np.zeros((len(p), bins))
+    gaps[np.arange(len(p)), _bin(p.max(1), bins)] = (p.argmax(1) == t) - p.max(1)
+    return gaps
 
 
 def auroc(probabilities: ArrayLike, truth: ArrayLike, weights: ArrayLike | None = None) -> Floats:
@@ -127,7 +125,7 @@ def auroc(probabilities: ArrayLike, truth: ArrayLike, weights: ArrayLike | None 
     w = np.ones((len(t), 1)) if weights is None else np.asarray(weights, dtype=np.float64)
     judged = [1] if p.shape[1] == 2 else sorted(set(t.tolist()))
     areas = [_area(p[:, c], t == c, w) for c in judged]
-    return _mean_defined(np.stack(areas), axis=0) if areas else np.full(w.shape[1], np.nan)
+    return mean_defined(np.stack(areas), axis=0) if areas else np.full(w.shape[1], np.nan)
 
 
 def _area(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
@@ -138,7 +136,7 @@ def _area(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Float
     above = np.add.reduceat(w * mask, ties, axis=0)
     rest = np.add.reduceat(w * ~mask, ties, axis=0)
     below = np.cumsum(rest, axis=0) - rest / 2
-    return _ratio((above * below).sum(0), above.sum(0) * rest.sum(0))
+    return ratio((above * below).sum(0), above.sum(0) * rest.sum(0))
 
 
 # --- Summaries -----------------------------------------------------------------------------------------------------
@@ -179,9 +177,9 @@ def summarise(
     per_fold = [_evaluate([part], np.ones((table.groups, 1)))[:, 0] for parts in table.repeats for part in parts]
     return {
         name: Metric(
-            value=_number(point[i]),
-            ci95=_interval(draws[i], point[i], table.groups, unbias=name == "ece"),
-            per_fold=[_number(values[i]) for values in per_fold],
+            value=number(point[i]),
+            ci95=interval(draws[i], point[i], table.groups, unbias=name == "ece"),
+            per_fold=[number(values[i]) for values in per_fold],
         )
         for i, name in enumerate(NAMES)
     }
@@ -212,16 +210,6 @@ def paired_draws(
     """
     tables = [_Table.checked(truth, probabilities, group, fold, repeat) for probabilities in sides]
     return _drawn(tables, resamples, seed)
-
-
-def tail_share(groups: int) -> float:
-    """Share of resamples outside each end of a 95 % percentile interval: 0.025 for many groups, less for few.
-
-    A resample of G groups varies by (G - 1) / G of what it should, and its percentiles are as narrow as if the variance
-    were known. Both are mended by taking the percentiles at which a normal distribution has the width of Student's
-    interval: the expanded percentile interval of Hesterberg (2015).
-    """
-    return float(ndtr(stdtrit(groups - 1, 0.025) * np.sqrt(groups / (groups - 1))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,15 +280,15 @@ class _Table:
 
     def evaluate(self, weights: Floats) -> Floats:
         """Values [len(NAMES), B] under group weights [G,B]."""
-        return _mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
+        return mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
 
 
 def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
     """Values [len(NAMES), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
     confusions = sum((part.confusions(weights) for part in parts[1:]), parts[0].confusions(weights))
     gaps = sum((part.gaps(weights) for part in parts[1:]), parts[0].gaps(weights))
-    areas = _mean_defined(np.stack([part.auroc(weights) for part in parts]), axis=0)
-    errors = _ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
+    areas = mean_defined(np.stack([part.auroc(weights) for part in parts]), axis=0)
+    errors = ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
     return np.stack([*(metric(confusions) for metric in OF_CONFUSION.values()), areas, errors])
 
 
@@ -316,25 +304,8 @@ def _drawn(tables: Sequence[_Table], resamples: int, seed: int) -> list[Draws]:
 
 def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:
     """Weights [G,b] of all resamples, in pieces that fit in memory."""
-    rng, groups = np.random.default_rng(seed), table.groups
     rows = max(len(part.truth) for parts in table.repeats for part in parts)
-    step = max(1, CELLS // max(groups, rows))
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        drawn = rng.integers(groups, size=(size, groups)) + groups * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * groups).reshape(size, groups)
-        yield np.ascontiguousarray(counts.T, dtype=np.float64)
-
-
-def _interval(draws: Floats, point: float, groups: int, *, unbias: bool) -> list[float | None]:
-    defined = draws[~np.isnan(draws)]
-    if not len(defined) or np.isnan(point) or groups < 2:
-        return [None, None]
-    share = tail_share(groups)
-    ends = np.quantile(defined, [share, 1 - share])
-    if unbias:
-        ends = np.clip(ends - (defined.mean() - point), 0, 1)
-    return [float(end) for end in ends]
+    yield from group_weights(table.groups, resamples, seed, max(1, CELLS // max(table.groups, rows)))
 
 
 def _rows_by_value(values: NDArray[np.generic], keep: NDArray[np.bool_]) -> list[Ints]:
@@ -348,20 +319,3 @@ def _bin(confidence: Floats, bins: int) -> Ints:
 def _diagonal(m: Floats) -> Floats:
     diagonal: Floats = np.diagonal(m, axis1=-2, axis2=-1)
     return diagonal
-
-
-def _ratio(a: ArrayLike, b: ArrayLike) -> Floats:
-    """a / b, NaN where b is 0."""
-    top, bottom = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
-    quotient: Floats = np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
-    return quotient
-
-
-def _mean_defined(values: Floats, axis: int) -> Floats:
-    """Mean over an axis without its NaN; NaN where there is nothing else."""
-    defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0).sum(axis), defined.sum(axis))
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from training import metrics, report
+from training.bootstrap import Metric
 from training.dataset import Selection
 from training.lineage import short_digests
 
@@ -84,7 +85,7 @@ def overlap_blocks(
         )
     ]
 
-    def summary(keep: np.ndarray) -> dict[str, metrics.Metric]:
+    def summary(keep: np.ndarray) -> dict[str, Metric]:
         return metrics.summarise(
             truth[keep],
             probabilities[keep],
@@ -114,7 +115,7 @@ def overlap_blocks(
     return blocks, entry
 
 
-def _table(whole: dict[str, metrics.Metric], rest: dict[str, metrics.Metric], entry: dict[str, Any]) -> report.Table:
+def _table(whole: dict[str, Metric], rest: dict[str, Metric], entry: dict[str, Any]) -> report.Table:
     left = entry["of_groups"] - entry["groups"]
     cells = [
         [name, *(report.with_interval(values[name]["value"], values[name]["ci95"]) for values in (whole, rest))]

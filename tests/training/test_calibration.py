@@ -1,14 +1,33 @@
-"""Temperature scaling against a known temperature, a grid, closed forms and its invariants."""
+"""Calibration against a known temperature, a grid, closed forms, its invariants and scikit-learn."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
+from sklearn.metrics import brier_score_loss
 
-from training.calibration import LARGEST, SMALLEST, apply_temperature, fit_temperature
+from training.calibration import (
+    LARGEST,
+    SMALLEST,
+    Inner,
+    Isotonic,
+    apply_isotonic,
+    apply_temperature,
+    fit_isotonic,
+    fit_temperature,
+    fold_temperatures,
+    isotonic_by_fold,
+    scaled_by_fold,
+    squared_errors,
+)
 from training.metrics import ece
 
 
@@ -89,3 +108,84 @@ def test_wrong_shapes_and_temperatures_are_refused() -> None:
         fit_temperature(np.zeros((3, 2)), [0, 1])
     with pytest.raises(ValueError, match="positive"):
         apply_temperature([0.5, 0.5], 0)
+
+
+class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A fitted classifier whose input is its answer."""
+
+    def __init__(self, classes: int = 2) -> None:
+        self.classes_ = np.arange(classes)
+        self.classes = classes
+
+    def fit(self, _x: Any, _y: Any) -> Given:
+        return self
+
+    def predict_proba(self, x: Any) -> Any:
+        return x
+
+    def predict(self, x: Any) -> Any:
+        return x.argmax(axis=1)
+
+
+def bent(classes: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [rows,classes] and truths drawn from their squares, normalised."""
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.ones(classes), rows)
+    chances = p**2 / (p**2).sum(axis=1, keepdims=True)
+    return p, (rng.random((rows, 1)) > chances.cumsum(axis=1)).sum(axis=1).clip(0, classes - 1)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_isotonic_probabilities_are_those_of_scikit_learn(classes: int) -> None:
+    p, truth = bent(classes, 300, 0)
+    new = np.random.default_rng(1).dirichlet(np.ones(classes), 100)
+    peer = CalibratedClassifierCV(FrozenEstimator(Given(classes)), method="isotonic").fit(p, truth)
+    mine = apply_isotonic(new, fit_isotonic(p, truth))
+    np.testing.assert_allclose(mine, peer.predict_proba(new), atol=1e-12)
+    np.testing.assert_allclose(mine.sum(axis=1), 1)
+
+
+def test_isotonic_regression_mends_the_calibration_of_rows_it_has_not_seen() -> None:
+    p, truth = bent(3, 20_000, 2)
+    new, new_truth = bent(3, 20_000, 3)
+    mended = apply_isotonic(new, fit_isotonic(p, truth))
+    assert ece(new, new_truth) > 0.08
+    assert ece(mended, new_truth) < 0.02
+    assert squared_errors(mended, new_truth).mean() < squared_errors(new, new_truth).mean()
+
+
+def test_a_row_whose_every_class_maps_to_nothing_is_kept() -> None:
+    isotonic = fit_isotonic([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8]], [0, 0, 1])
+    empty = Isotonic(tuple((x, np.zeros_like(y)) for x, y in isotonic.maps))
+    assert apply_isotonic([[0.3, 0.7]], empty).tolist() == [[0.3, 0.7]]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_the_brier_score_is_scikit_learns(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    p, truth = rng.dirichlet(np.ones(classes), 200), rng.integers(0, classes, 200)
+    expected = brier_score_loss(truth, p[:, 1] if classes == 2 else p, labels=list(range(classes)))
+    assert squared_errors(p, truth).mean() == pytest.approx(expected)
+
+
+def test_a_fold_is_calibrated_by_its_own_inner_predictions_alone() -> None:
+    rng = np.random.default_rng(0)
+    raw, fold, repeat = rng.dirichlet(np.ones(3), 40), np.arange(40) % 2, np.repeat([0, 1], 20)
+    keys = [(r, f) for r in (0, 1) for f in (0, 1)]
+    inner = {key: Inner(*bent(3, 80, at)[::-1]) for at, key in enumerate(keys)}
+    changed = inner | {(1, 0): Inner(*bent(3, 80, 99)[::-1])}
+    mine = (repeat == 1) & (fold == 0)
+    for one, other in (
+        (isotonic_by_fold(raw, fold, repeat, inner), isotonic_by_fold(raw, fold, repeat, changed)),
+        (
+            scaled_by_fold(raw, fold, repeat, fold_temperatures(inner)),
+            scaled_by_fold(raw, fold, repeat, fold_temperatures(changed)),
+        ),
+    ):
+        assert (one[~mine] == other[~mine]).all()
+        assert (one[mine] != other[mine]).any()
+    temperature = fit_temperature(np.log(inner[(0, 1)].raw), inner[(0, 1)].truth)
+    own = (repeat == 0) & (fold == 1)
+    np.testing.assert_allclose(
+        scaled_by_fold(raw, fold, repeat, fold_temperatures(inner))[own], apply_temperature(raw[own], temperature)
+    )

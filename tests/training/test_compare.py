@@ -13,8 +13,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from training.bootstrap import tail_share
 from training.compare import compare, differences, holm, mcnemar
-from training.metrics import NAMES, summarise, tail_share
+from training.metrics import NAMES, summarise
 
 CORRECT = ((0.8, 0.7), (0.75, 0.72))
 """Chance of each model to name an image of class 0 and 1 right."""

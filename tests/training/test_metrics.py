@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import norm, t
 from sklearn import metrics as sk
 
-from training.metrics import NAMES, auroc, confusion, ece, reliability, summarise, tail_share
+from training.bootstrap import tail_share
+from training.metrics import NAMES, auroc, confusion, ece, reliability, summarise
 
 Arrays = dict[str, Any]
 

@@ -1,0 +1,206 @@
+"""The same metrics by the values of a column (`--by sex,site,age`), and the gap between the best and the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cluster.errors import UsageError, nearest
+from training import metrics
+from training.bootstrap import Metric, Units, mean_defined, ratio
+from training.report import Block, Table, Text, with_interval
+
+SHOWN = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece")
+GAP = "balanced_accuracy"
+FEWEST_GROUPS = 5
+"""Values with fewer groups are shown, but marked and left out of the gap."""
+LARGEST = 10
+"""A column of numbers with more distinct values than this is cut at its quartiles."""
+MISSING = "not given"
+
+
+class Part(TypedDict):
+    """One value's entry of `subgroups[column]` in `summary.json`; `marks` say why it is not to be compared."""
+
+    images: int
+    groups: int
+    marks: list[str]
+    metrics: dict[str, Metric]
+
+
+class Gap(TypedDict):
+    """The best and the worst value of a column by balanced accuracy, and by how much they differ."""
+
+    best: str
+    worst: str
+    balanced_accuracy: Metric
+
+
+class ByColumn(TypedDict):
+    """One column's entry of `subgroups` in `summary.json`."""
+
+    parts: dict[str, Part]
+    gap: Gap | None
+
+
+class Rows(NamedTuple):
+    """Judged predictions, [M] and [M,K]; `image` [M] tells images apart where repeats judge one again."""
+
+    truth: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    image: ArrayLike
+    group: ArrayLike
+    fold: ArrayLike
+    repeat: ArrayLike
+
+
+def columns_of(by: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The columns that `--by` names, separated by commas or blanks, each once.
+
+    Raises:
+        UsageError: one is not among the known columns.
+    """
+    names = list(dict.fromkeys(name for text in by for name in text.split(",") if name))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--by {name}: no column {name!r}.{nearest(name, list(known))}")
+    return names
+
+
+def banded(values: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Each value [M] as text, and the distinct ones in the order to show them, missing ones (None, "") last.
+
+    Numbers (also as text) with more than `LARGEST` distinct values become quartile bands such as "45 to 60"; a band
+    holds its upper end. Quartiles are those of the rows, and equal ones merge.
+    """
+    numbers = [_number(value) for value in values]
+    given = [n for n, value in zip(numbers, values, strict=True) if not _missing(value)]
+    if all(n is not None for n in given) and len(set(given)) > LARGEST:
+        known = np.asarray(given, dtype=np.float64)
+        edges = np.unique(np.quantile(known, [0.25, 0.5, 0.75], method="inverted_cdf"))
+        edges = edges[edges < known.max()]
+        low, high = [known.min(), *edges], [*edges, known.max()]
+        names = [_band(a, b, first=at == 0) for at, (a, b) in enumerate(zip(low, high, strict=True))]
+        texts = [
+            MISSING if _missing(value) else names[int(np.searchsorted(edges, _number(value) or 0.0))]
+            for value in values
+        ]
+    else:
+        texts = [MISSING if _missing(value) else str(value) for value in values]
+        ordered = all(n is not None for n in given)
+        names = sorted(set(texts) - {MISSING}, key=lambda t: (float(t), t) if ordered else (0.0, t))
+    return texts, names + [MISSING] * (MISSING in texts)
+
+
+def by_column(rows: Rows, values: Sequence[Any], *, resamples: int = 1000, seed: int = 0) -> ByColumn:
+    """Metrics of the rows of each value of a column [M], and the gap between the best and the worst.
+
+    Values with fewer than `FEWEST_GROUPS` groups, or without a row of every class, are marked and not compared.
+    The gap's interval is that of the difference between these two, from the same resamples of groups.
+    """
+    texts, names = banded(values)
+    which, classes = np.asarray(texts), set(rows.truth.tolist())
+    parts = {}
+    for name in names:
+        keep = which == name
+        group = np.asarray(rows.group, dtype=str)[keep]
+        marks = ["few groups"] if len(set(group)) < FEWEST_GROUPS else []
+        marks += ["lacks a class"] if set(rows.truth[keep].tolist()) != classes else []
+        found = metrics.summarise(
+            rows.truth[keep],
+            rows.probabilities[keep],
+            group=group,
+            fold=np.asarray(rows.fold)[keep],
+            repeat=np.asarray(rows.repeat)[keep],
+            resamples=resamples,
+            seed=seed,
+        )
+        images = len(np.unique(np.asarray(rows.image)[keep]))
+        shown = {metric: found[metric] for metric in SHOWN}
+        parts[name] = Part(images=images, groups=len(set(group)), marks=marks, metrics=shown)
+    return ByColumn(parts=parts, gap=_gap(rows, which, parts, resamples, seed))
+
+
+def _gap(rows: Rows, which: NDArray[np.str_], parts: Mapping[str, Part], resamples: int, seed: int) -> Gap | None:
+    values = {name: part["metrics"][GAP]["value"] for name, part in parts.items() if not part["marks"]}
+    known = {name: value for name, value in values.items() if value is not None}
+    if len(known) < 2:
+        return None
+    best, worst = max(known, key=lambda n: known[n]), min(known, key=lambda n: known[n])
+    size = rows.probabilities.shape[1]
+    right = rows.probabilities.argmax(axis=1) == rows.truth
+    of_class = np.eye(size, dtype=bool)[rows.truth]
+    columns = [
+        of_class * (which == name)[:, None] * one[:, None] for name in (best, worst) for one in (right, right | True)
+    ]
+    units = Units.of(rows.group, rows.fold, rows.repeat, resamples=resamples, seed=seed)
+
+    def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        a, of_a, b, of_b = np.split(sums, 4, axis=-1)
+        return np.stack([_mean_recall(a, of_a) - _mean_recall(b, of_b)], axis=-1)
+
+    (metric,) = units.draw(np.hstack(columns).astype(np.float64), difference).metrics()
+    return Gap(best=best, worst=worst, balanced_accuracy=metric)
+
+
+def _mean_recall(right: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np.float64]:
+    return mean_defined(ratio(right, of), axis=-1)
+
+
+def blocks(results: Mapping[str, ByColumn]) -> list[Block]:
+    """Words and a table for each column."""
+    found: list[Block] = [
+        Text(
+            "The same predictions, split by what is known about the images. Small groups scatter: look at the "
+            "intervals before the values. What has too few groups or lacks an image of a class is marked, and not "
+            f"compared (fewer than {FEWEST_GROUPS} groups are too few)."
+        )
+    ]
+    for column, table in results.items():
+        rows = [
+            [
+                f"{name} ({', '.join(part['marks'])})" if part["marks"] else name,
+                f"{part['images']:,}",
+                f"{part['groups']:,}",
+                *(with_interval(part["metrics"][m]["value"], part["metrics"][m]["ci95"]) for m in SHOWN),
+            ]
+            for name, part in table["parts"].items()
+        ]
+        found.append(Table([column, "images", "groups", *(m.replace("_", " ") for m in SHOWN)], rows, f"By {column}"))
+        found.append(Text(_sentence(column, table["gap"])))
+    return found
+
+
+def _sentence(column: str, gap: Gap | None) -> str:
+    if gap is None:
+        return f"By {column} no two values have enough groups and all classes, so none are compared."
+    value = gap["balanced_accuracy"]
+    return (
+        f"Between the best value of {column} ({gap['best']}) and the worst ({gap['worst']}) balanced accuracy "
+        f"differs by {with_interval(value['value'], value['ci95'])}. The two were picked for being furthest apart, "
+        "so some difference is expected even where there is none."
+    )
+
+
+def _band(low: float, high: float, *, first: bool) -> str:
+    if first:
+        return f"{low:g} to {high:g}" if low < high else f"{low:g}"
+    return f"above {low:g} to {high:g}"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and np.isnan(value))
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one written as text."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) else None
