@@ -228,8 +228,9 @@ def test_the_command_line_suggests_and_refuses_in_one_line(
     assert main([*command, str(phantoms)]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data:image" not in page
-    assert "Looks wrong, not is wrong" in page or "0 (0%) look wrong" in page
+    assert page.count("Figure left out, because it shows images of the data") >= 1
     assert len(listed(tmp_path / "out", "to_label")) == 4
     capsys.readouterr()
     assert main([*command, "gone", "--overwrite"]) == 2
-    assert capsys.readouterr().err.strip().splitlines() == ["gone: no such folder or file"]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("gone: no such folder or file")

@@ -1,7 +1,8 @@
 """Which unlabelled images to label next: typical ones, of kinds that have no label yet.
 
-Chosen by what was measured (tests/benchmarks/label_next.py): where labels are few, images that the model is unsure of
-taught no more than images drawn by chance, and with strange images in the pool they would be those first.
+Chosen by what was measured (tests/benchmarks/label_next.py): images that the model is unsure of taught no more than
+images drawn by chance. There, the pool was of the same kind as the labels; in one that is not, a large kind may be
+worthless (empty background comes first on the CRIC patches), which nothing here notices.
 """
 
 from __future__ import annotations

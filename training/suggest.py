@@ -48,7 +48,8 @@ HOW = (
     "Those without a label were sorted into kinds by their looks. Of each kind that has no label yet, the largest "
     "first, the image most like the others was taken. No group (patient, slide) is asked more often than allowed: ten "
     "pictures of one patient teach little more than one. Images that a model is unsure of were tried instead, and "
-    "taught no more than images drawn by chance."
+    "taught no more than images drawn by chance. Typical is not the same as useful: where the images are of another "
+    "origin than the labelled ones, a large kind may be empty or out of focus. Pass over those."
 )
 
 
