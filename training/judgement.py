@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from training import calibration, figures, metrics, report
+from training.calibration import Inner
 from training.dataset import Dataset, Selection
 from training.fit import FoldResult, Labels
 
@@ -23,14 +24,6 @@ WORDS = {
     "auroc": "area under the ROC curve, one class against the rest, mean over classes and folds",
     "ece": "expected calibration error: how far stated probabilities are from the truth, 0 is best",
 }
-
-
-@dataclass(frozen=True)
-class Inner:
-    """What a fit said of rows of its own training side that it was not fitted on: truth [I], probabilities [I, K]."""
-
-    truth: np.ndarray
-    probabilities: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Judged:
     metrics: dict[str, Any]
     temperature: float
     inner: Mapping[tuple[int, int], Inner] = field(default_factory=dict)
-    """By (repeat, fold), calibrated like the fold's own predictions: what thresholds may be chosen on."""
+    """By (repeat, fold), on the scale of `raw`: what thresholds may be chosen on."""
 
 
 def judge(results: Sequence[FoldResult], labels: Labels, classes: list[str], seed: int) -> Judged:
@@ -65,8 +58,7 @@ def judge(results: Sequence[FoldResult], labels: Labels, classes: list[str], see
         truth = labels.truth[one.inner_rows]
         temperature = calibration.fit_temperature(_logs(one.inner_probabilities), truth)
         parts.append(calibration.apply_temperature(one.probabilities, temperature))
-        known = calibration.apply_temperature(one.inner_probabilities, temperature)
-        inner[one.repeat, one.fold] = Inner(truth, known)
+        inner[one.repeat, one.fold] = Inner(truth, one.inner_probabilities)
     truth, calibrated = labels.truth[rows], np.concatenate(parts)
     groups = [labels.groups[r] for r in rows]
     summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=seed)

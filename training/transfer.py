@@ -26,6 +26,7 @@ from training.budgets import budget_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
+from training.findings import neighbours_of, overlap_with, statistics_of
 from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
@@ -35,7 +36,9 @@ from training.judgement import Judged, figures_of, judge
 from training.lineage import labelled_by, own_images, seen_by
 from training.mistakes import mistakes_section
 from training.model_card import README, model_card
+from training.overlap import groups_of
 from training.splits import Fold, budget, cross_validation, hold_outs, leave_one_site_out
+from training.subgroups import columns_of
 from training.tasks.finetune import Recipe, recipe_for
 from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.transform import evaluation_view
@@ -75,6 +78,7 @@ def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -
     """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
     dataset = resolve_data(config.data, out=config.out)
     selection = dataset.select(config.where, labelled=True)
+    _refuse_taught(config.init, dataset, selection)
     study = _Study(config, dataset, selection, out, chain)
     started = time.monotonic()
     with session(cpus=cores() + 2, log=out.log) as found:
@@ -85,6 +89,17 @@ def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -
     balanced = summary["metrics"]["balanced_accuracy"]
     say(f"done: balanced accuracy {_interval(balanced)}, report in {out.name('report.html')}")
     return summary
+
+
+def _refuse_taught(init: str, dataset: Dataset, selection: Selection) -> None:
+    """Raises UsageError where the first weights learnt from labels of groups that are judged here."""
+    groups = groups_of(labelled_by(init), dataset.manifest, selection.table)
+    if groups:
+        raise UsageError(
+            f"--init {init} was trained with labels of {len(groups):,} groups of these images, such as "
+            f"{storage.printable(min(groups))!r}: they would leak into the test folds; start from other weights, or "
+            "leave those groups out by --where"
+        )
 
 
 def _interval(metric: Any) -> str:
@@ -129,6 +144,7 @@ class _Study:
         self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir, chain: Chain | None
     ) -> None:
         self.config, self.dataset, self.selection, self.out, self.chain = config, dataset, selection, out, chain
+        columns_of(config.by, selection.table.column_names)  # a name that is none is said before anything is fitted
         self.classes, self.labels, self.whole = laid_out(config, selection)
         self.share = max(config.label_fraction)
         cut = self._budget
@@ -163,14 +179,20 @@ class _Study:
 
     def _more_sections(self) -> list[report.Section]:
         """What the report says beside the results themselves; its numbers are in `more`."""
+        config, judged, labels = self.config, self.judged, self.labels
+        found = [self.chain.told(self.out.path, judged.metrics)] if self.chain is not None else []
         budgets = {f"{share:g}": self._budget_summary(share) for share in self.budgets}
-        self.more["budgets"] = budgets
         curve = budget_section(self.out.path / "figures", budgets)
-        sections = [curve] if curve is not None else []
-        if self.chain is not None:
-            told, more = self.chain.told(self.out.path, self.judged.metrics)
-            sections, self.more = [*told, *sections], self.more | more
-        return sections
+        found.append(([curve] if curve is not None else [], {"budgets": budgets}))
+        chosen: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
+        found.append(statistics_of(judged, self.selection, **chosen))
+        found.append(overlap_with(seen_by(config.init), self.dataset, self.selection, judged, seed=config.seed))
+        if config.init != "none":  # random weights know no neighbours
+            found.append(neighbours_of(self._features(), labels.truth, labels.names, labels.groups, seed=config.seed))
+        values = [more.pop("metrics", {}) | more.get("retrieval", {}) for _, more in found]
+        self.more = {key: value for _, more in found for key, value in more.items() if key != "retrieval"}
+        self.more["metrics"] = {name: metric for part in values for name, metric in part.items()}
+        return [section for sections, _ in found for section in sections]
 
     def _budget(self, rows: np.ndarray, share: float) -> np.ndarray:
         names, groups = self.labels.names, self.labels.groups
@@ -357,8 +379,8 @@ class _Study:
             "classes": self.classes,
             "best_epoch": self.best_epoch,
             "temperature": self.judged.temperature,
-            "metrics": self.judged.metrics,
             **self.more,
+            "metrics": self.judged.metrics | self.more["metrics"],
         }
 
 

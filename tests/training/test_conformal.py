@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_class_that_the_inner_rows_lack_is_handled_without_a_warning() -> None
 
 def test_rows_of_single_precision_are_taken() -> None:
     truth, p = drawn(200, 0)
-    single = p.astype(np.float32)
+    single: Any = p.astype(np.float32)
     assert prediction_sets(Inner(truth, single), single, 0.9).member.any()
 
 

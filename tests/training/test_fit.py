@@ -58,8 +58,8 @@ def test_the_labels_of_a_folds_test_side_change_nothing_of_what_is_said_of_it(
             result = frozen_fold(task, features, known, 3, 0, fold)
             judged = judge([result], known, CLASSES, 0)
             inner = judged.inner[fold.repeat, fold.fold]
-            assert inner.probabilities.shape == (len(fold.train), 3)
-            said.append((result.probabilities, judged.probabilities, inner.probabilities, inner.truth))
+            assert inner.raw.shape == (len(fold.train), 3)
+            said.append((result.probabilities, judged.probabilities, inner.raw, inner.truth))
         for ours, theirs in zip(*said, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 

@@ -86,9 +86,9 @@ def test_a_level_with_a_single_branch_is_not_judged() -> None:
 
 def test_overlaps_and_levels_of_uneven_trees() -> None:
     assert overlaps(CLASSES).tolist() == [[3, 2, 1, 0], [2, 3, 1, 0], [1, 1, 2, 0], [0, 0, 0, 1]]
-    names, truth, p = at_level(CLASSES, [0, 3], [[0.1, 0.2, 0.3, 0.4], [0, 0, 0, 1]], 1)
+    names, truth, p = at_level(CLASSES, [0, 3], np.asarray([[0.1, 0.2, 0.3, 0.4], [0, 0, 0, 1]]), 1)
     assert names == ["disease", "healthy"] and truth.tolist() == [0, 1]
-    np.testing.assert_allclose(p, [[0.6, 0.4], [0, 1]])
+    np.testing.assert_allclose(p, np.asarray([[0.6, 0.4], [0, 1]]))
 
 
 def test_a_name_that_another_starts_with_is_not_its_ancestor() -> None:

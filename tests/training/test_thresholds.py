@@ -59,14 +59,14 @@ def data(seed: int = 0, rows: int = 240, classes: int = 3) -> dict[str, Any]:
             t = rng.integers(0, classes, 90)
             q = rng.dirichlet(np.ones(classes), 90) + 0.5 * np.eye(classes)[t]
             inner[(repeat, fold)] = (t, q / q.sum(axis=1, keepdims=True))
-    fold, repeat = group % 2, (np.arange(rows) >= rows // 2).astype(int)
+    folds, repeats = group % 2, (np.arange(rows) >= rows // 2).astype(int)
     return {
         "truth": truth,
         "probabilities": p / p.sum(axis=1, keepdims=True),
-        "fold": fold,
-        "repeat": repeat,
+        "fold": folds,
+        "repeat": repeats,
         "inner": inner,
-        "units": Units.of(group.astype(str), fold, repeat, resamples=60),
+        "units": Units.of(group.astype(str), folds, repeats, resamples=60),
     }
 
 

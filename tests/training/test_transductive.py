@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ def selection(rows: dict[str, str]) -> Selection:
     return Selection(pa.table({"sha256": pa.array(digests, pa.string()), "group": pa.array(list(rows.values()))}))
 
 
-def predictions(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+def predictions(count: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     values = rng.random((count, 2)) + 1e-3
     return {
@@ -82,7 +83,9 @@ def test_metrics_without_are_those_of_the_groups_of_which_nothing_was_seen() -> 
 
 def test_images_judged_in_several_repeats_count_once() -> None:
     values = predictions(12)
-    twice = {name: np.concatenate([v, v]) for name, v in values.items()} | {"repeat": np.repeat([0, 1], 12)}
+    twice: dict[str, Any] = {name: np.concatenate([v, v]) for name, v in values.items()} | {
+        "repeat": np.repeat([0, 1], 12)
+    }
     group = [f"p{n % 4}" for n in range(12)] * 2
     found = Overlap(np.arange(12) % 4 == 0, np.arange(12) % 4 == 0)
     _, entry = overlap_blocks(found, group=group, resamples=50, **twice)
