@@ -86,7 +86,7 @@ def test_repeats_of_an_image_count_once() -> None:
     data, site = rows()
     twice = Rows(
         *(np.concatenate([np.asarray(a), np.asarray(a)]) for a in data[:5]),
-        np.repeat([0, 1], 400),
+        *[np.repeat([0, 1], 400)],
     )
     once, both = by_column(data, site, resamples=5), by_column(twice, site + site, resamples=5)
     assert [p["images"] for p in once["parts"].values()] == [p["images"] for p in both["parts"].values()]
