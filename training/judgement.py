@@ -129,9 +129,11 @@ def write_transfer_report(
                 "Judge by --split group."
             )
         )
+    stages = card.lineage.get("stages")
+    first = f"those of stage {stages[-1]['name']}" if stages else config.init
     model: list[Any] = [
         report.Text(
-            f"First weights: {config.init}. Task: {config.task}. The model kept was fitted again on all labelled images"
+            f"First weights: {first}. Task: {config.task}. The model kept was fitted again on all labelled images"
             + (f" for {best_epoch} epochs, the median of the folds" if best_epoch else "")
             + f"; its probabilities are divided by temperature {judged.temperature:.2f}, fitted out of fold."
         ),
