@@ -152,7 +152,8 @@ def test_a_killed_chain_goes_on_and_another_target_or_a_longer_chain_finds_its_s
     assert times(first) == kept
     _check_gains(tmp_path / "run", summary)
     _check_lineage(tmp_path / "run", first, phantoms, related)
-    assert "What each stage gave" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What each stage gave" in page and "First weights: those of stage cric." in page
     with pytest.raises(UsageError, match="images were seen"):
         evaluate(EvaluateConfig(model=wanted.out, data=str(related), out=str(tmp_path / "judged")))
 

@@ -260,6 +260,7 @@ def stage_gains(names: Sequence[str], values: ArrayLike, gains: ArrayLike, path:
         axes.hlines(places, low, high, color=COLOURS[0], linewidth=1.6)
         axes.scatter(value, places, 34, color=COLOURS[0], zorder=3)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
         _plain(axes)

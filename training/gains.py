@@ -154,11 +154,11 @@ def _shared(point: Point, overlap: Overlap, judged: int) -> list[report.Block]:
         blocks.append(
             report.Text(
                 f"Stage {point.name} was trained, without labels, on {overlap.images:,} of the {judged:,} images that "
-                f"are judged here, and on others of {overlap.groups:,} of their groups (transductive learning). No "
-                "label leaks by that, but images that it has not seen may fare worse than these figures say."
+                f"are judged here, and knows images of {overlap.groups:,} of their groups (transductive learning). No "
+                "label leaks by that, but images of other groups may fare worse than these figures say."
             )
         )
-    if overlap.namesakes:
+    if overlap.namesakes and point.verb == "transfer":
         blocks.append(
             report.Warning(
                 f"{overlap.namesakes:,} groups are called the same in the data of stage {point.name} and in the "

@@ -106,7 +106,7 @@ def gained(change: float, low: float | None, high: float | None) -> Gain:
 def test_the_report_claims_no_more_than_the_intervals_allow(tmp_path: Path) -> None:
     points = [
         point("none", 0.4, None),
-        point("pool", 0.5, (0.1, 0.02, 0.2), overlap=Overlap(30, 5, "g1", 0)),
+        point("pool", 0.5, (0.1, 0.02, 0.2), overlap=Overlap(30, 5, "g1", 2)),
         point("cric", 0.52, (0.02, -0.1, 0.1), verb="transfer", overlap=Overlap(0, 0, "", 3)),
         point("last", 0.3, (-0.22, -0.3, -0.1), verb="transfer"),
     ]
