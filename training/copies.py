@@ -133,9 +133,9 @@ def _toned_correlation(images: np.ndarray, pairs: NDArray[np.int64]) -> NDArray[
     images = images[used]
     flat = images.reshape(len(used), images.shape[1] * images.shape[2])
     order = np.argsort(flat, axis=1, kind="stable")
-    values, ranks = np.take_along_axis(flat, order, axis=1), np.empty(flat.shape, dtype=np.int16)
-    np.put_along_axis(ranks, order, np.arange(flat.shape[1], dtype=np.int16)[None], axis=1)
-    ranks = ranks.reshape(images.shape)
+    values = np.take_along_axis(flat, order, axis=1)
+    ranks: np.ndarray = np.empty(images.shape, dtype=np.int16)
+    np.put_along_axis(ranks.reshape(flat.shape), order, np.arange(flat.shape[1], dtype=np.int16)[None], axis=1)
     found = [np.empty(0, dtype=np.float32)]
     for part in _parts(pairs, 1 << 21, flat.shape[1]):
         i, j = part[:, 0], part[:, 1]

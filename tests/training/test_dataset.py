@@ -28,12 +28,13 @@ def write_dataset(source: Path, out: Path, **options: Any) -> Dataset:
     config = IngestConfig(str(source), out=str(out), image_size=str(SIDE), **options)
     path = ImagePath(SIDE, SIDE, config.fit, config.window, config.max_pixels)
     listing = list_source(config.source)
-    (out / "shards").mkdir(parents=True)
     rows = listing.rows.select(["key", "frame"]).append_column("image_id", pa.array(listing.image_ids()))
     rows = rows.append_column("at", pa.array(np.arange(rows.num_rows)))
     writer = PartWriter(listing.reader, path, str(out / "shards"))
-    parts = [writer(rows.slice(at, PART_ROWS)) for at in range(0, rows.num_rows, PART_ROWS)]
-    _write(config, path, listing, pa.concat_tables(parts), out)
+    with config.open_out("ingest") as held:
+        (out / "shards").mkdir()
+        parts = [writer(rows.slice(at, PART_ROWS)) for at in range(0, rows.num_rows, PART_ROWS)]
+        _write(config, path, listing, pa.concat_tables(parts), held)
     return Dataset.open(out)
 
 

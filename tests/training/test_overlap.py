@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ def selection(rows: dict[str, str]) -> Selection:
     return Selection(pa.table({"sha256": pa.array(digests, pa.string()), "group": pa.array(list(rows.values()))}))
 
 
-def predictions(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+def predictions(count: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     values = rng.random((count, 2)) + 1e-3
     return {
