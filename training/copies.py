@@ -133,9 +133,9 @@ def _toned_correlation(images: np.ndarray, pairs: NDArray[np.int64]) -> NDArray[
     images = images[used]
     flat = images.reshape(len(used), images.shape[1] * images.shape[2])
     order = np.argsort(flat, axis=1, kind="stable")
-    values, ranks = np.take_along_axis(flat, order, axis=1), np.empty(flat.shape, dtype=np.int16)
-    np.put_along_axis(ranks, order, np.arange(flat.shape[1], dtype=np.int16)[None], axis=1)
-    ranked = ranks.reshape(images.shape)
+    values = np.take_along_axis(flat, order, axis=1)
+    ranks: np.ndarray = np.empty(images.shape, dtype=np.int16)
+    np.put_along_axis(ranks.reshape(flat.shape), order, np.arange(flat.shape[1], dtype=np.int16)[None], axis=1)
     found = [np.empty(0, dtype=np.float32)]
     for part in _parts(pairs, 1 << 21, flat.shape[1]):
         i, j = part[:, 0], part[:, 1]
@@ -143,8 +143,8 @@ def _toned_correlation(images: np.ndarray, pairs: NDArray[np.int64]) -> NDArray[
         plain = _correlation(one, other)
         alike = np.flatnonzero(plain >= UNTONED_CORRELATION)
         i, j, one, other = i[alike], j[alike], one[alike], other[alike]
-        as_other = np.take_along_axis(values[j], ranked[i].reshape(one.shape).astype(np.intp), axis=1)
-        as_one = np.take_along_axis(values[i], _each_turned(ranked, part[alike]).astype(np.intp), axis=1)
+        as_other = np.take_along_axis(values[j], ranks[i].reshape(one.shape).astype(np.intp), axis=1)
+        as_one = np.take_along_axis(values[i], _each_turned(ranks, part[alike]).astype(np.intp), axis=1)
         better = np.maximum(_correlation(as_other, other), _correlation(one, as_one))
         plain[alike] = np.maximum(plain[alike], better)
         found.append(plain)

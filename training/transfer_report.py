@@ -63,6 +63,12 @@ class Facts:
         """Name of the data set, without its place."""
         return Path(self.config.data.rstrip("/")).name
 
+    @property
+    def first_weights(self) -> str:
+        """Where training started, without its place."""
+        stages = self.card.lineage.get("stages")
+        return f"those of stage {stages[-1]['name']}" if stages else first_weights(self.config.init)
+
     @cached_property
     def fits(self) -> int:
         """Models behind the judgements."""
@@ -206,7 +212,7 @@ def _model(facts: Facts) -> list[report.Block]:
     return [
         report.Text(
             f"{TASKS.get(facts.config.task, facts.config.task)} The network is {network.name} at {network.height} x "
-            f"{network.width} pixels; its first weights: {first_weights(facts.config.init)}. The model kept was fitted "
+            f"{network.width} pixels; its first weights: {facts.first_weights}. The model kept was fitted "
             f"again on all labelled images{fitted}; its probabilities are divided by temperature "
             f"{facts.judged.temperature:.2f}, fitted out of fold."
         ),
@@ -261,7 +267,7 @@ def _about_training(facts: Facts) -> dict[str, str]:
         "model": f"timm {network.name}, {network.height} x {network.width} pixels, {network.channels} channels, in; "
         f"{len(card.classes)} probabilities out.",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
-        "initial": f"{first_weights(config.init)}{digest}.",
+        "initial": f"{facts.first_weights}{digest}.",
         "training": f"{TASKS.get(config.task, config.task)} {TUNED.get(config.task) or _recipe(config)} "
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
         "selection": "No test image chose anything. The final model was fitted again on all labelled images"

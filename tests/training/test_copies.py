@@ -177,7 +177,7 @@ def test_only_pairs_above_the_threshold_are_copies() -> None:
     near = near_copies(grey)
     assert {(0, 1), (0, 2), (0, 6)} <= pairs_of(near.take(near.copies).rows)
     assert not {(0, 4), (0, 5), (4, 5)} & pairs_of(near.take(near.copies).rows)
-    plain = np.atleast_2d(np.corrcoef(grey.astype(np.float64)))
+    plain = np.asarray(np.corrcoef(grey.astype(np.float64)))
     for (i, j), correlation in zip(near.rows, near.correlation, strict=True):
         assert correlation >= plain[i, j] - 1e-5  # to give one the other's grey values takes nothing away
     assert np.array_equal(near.copies, near.correlation >= CORRELATION)

@@ -12,14 +12,13 @@ import pytest
 
 from cluster import storage
 from cluster.errors import DataError, UsageError
-from cluster.outdir import OutDir
 from tests.hostile import encoded
 from tests.s3 import Store
 from training.configs import IngestConfig
 from training.dataset import FORMAT, RESERVED, ROW_GROUP, Dataset, Selection, filter_rows, leaves
 from training.images import ImagePath, to_channels
 from training.ingest import PART_ROWS, PartWriter, _write, resolve_data
-from training.sources import Listing, list_source
+from training.sources import list_source
 
 SIDE = 8
 
@@ -29,18 +28,14 @@ def write_dataset(source: Path, out: Path, **options: Any) -> Dataset:
     config = IngestConfig(str(source), out=str(out), image_size=str(SIDE), **options)
     path = ImagePath(SIDE, SIDE, config.fit, config.window, config.max_pixels)
     listing = list_source(config.source)
-    with config.open_out("ingest") as opened:
-        _fill(config, path, listing, opened)
-    return Dataset.open(out)
-
-
-def _fill(config: IngestConfig, path: ImagePath, listing: Listing, out: OutDir) -> None:
-    (out.path / "shards").mkdir()
     rows = listing.rows.select(["key", "frame"]).append_column("image_id", pa.array(listing.image_ids()))
     rows = rows.append_column("at", pa.array(np.arange(rows.num_rows)))
-    writer = PartWriter(listing.reader, path, str(out.path / "shards"))
-    parts = [writer(rows.slice(at, PART_ROWS)) for at in range(0, rows.num_rows, PART_ROWS)]
-    _write(config, path, listing, pa.concat_tables(parts), out)
+    writer = PartWriter(listing.reader, path, str(out / "shards"))
+    with config.open_out("ingest") as held:
+        (out / "shards").mkdir()
+        parts = [writer(rows.slice(at, PART_ROWS)) for at in range(0, rows.num_rows, PART_ROWS)]
+        _write(config, path, listing, pa.concat_tables(parts), held)
+    return Dataset.open(out)
 
 
 def noise(count: int, *shape: int, seed: int = 0) -> np.ndarray:
