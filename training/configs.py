@@ -13,6 +13,9 @@ from cluster.settings import Config
 Task = Literal["finetune", "linear", "knn", "svm"]
 Split = Literal["group", "image", "site", "holdout"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
+"""Flags that take several values after one name."""
 
 
 @Parameter(name="*")
@@ -68,7 +71,7 @@ class PretrainConfig(Config):
     "A timm ViT name instead of the preset's."
     init: str = "none"
     "Starting weights: none, a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
-    where: tuple[str, ...] = ()
+    where: Words = ()
     "Keep only rows whose COLUMN=VALUE."
     epochs: int = 100
     "Passes over the data."
@@ -150,7 +153,7 @@ class TransferConfig(Config):
     "Model size where --init names no model."
     model: str | None = None
     "A timm name where --init names no model."
-    where: tuple[str, ...] = ()
+    where: Words = ()
     "Keep only rows whose COLUMN=VALUE."
     folds: int = 5
     "Cross-validation folds."
@@ -162,11 +165,11 @@ class TransferConfig(Config):
     "The column that names the site (hospital, scanner) of --split site."
     test_fraction: float = 0.2
     "Share of the groups that --split holdout judges on."
-    label_fraction: tuple[float, ...] = (1.0,)
+    label_fraction: Numbers = (1.0,)
     "Shares of the training groups to fit with: a curve; the largest is the run's own."
-    by: tuple[str, ...] = ()
+    by: Words = ()
     "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
-    prevalence: tuple[float, ...] = ()
+    prevalence: Numbers = ()
     "Shares of a class for which predictive values are stated, such as 0.01 0.1."
     epochs: int = 20
     "Passes of fine-tuning."
@@ -235,13 +238,13 @@ class EvaluateConfig(Config):
     "A labelled DATASET, or any SOURCE that ingest takes, that the models have not seen."
     out: str
     "Where the report goes."
-    against: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    against: Words = ()
     "RUNs that the model is compared with; without --data by the out-of-fold predictions of the same folds."
-    where: tuple[str, ...] = ()
+    where: Words = ()
     "Keep only rows whose COLUMN=VALUE."
-    by: tuple[str, ...] = ()
+    by: Words = ()
     "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
-    prevalence: tuple[float, ...] = ()
+    prevalence: Numbers = ()
     "Shares of a class for which predictive values are stated, such as 0.01 0.1."
     allow_seen: bool = False
     "Also judge images of the model's own lineage; the figures are then optimistic."
@@ -278,7 +281,7 @@ class InferenceConfig(Config):
     "A RUN, or its model folder."
     out: str
     "The Parquet file to write."
-    where: tuple[str, ...] = ()
+    where: Words = ()
     "Keep only rows whose COLUMN=VALUE."
     batch_size: int = 64
     "Images per forward pass."
@@ -304,7 +307,7 @@ class SuggestConfig(Config):
     "Images on each list, at most."
     per_group: int = 1
     "Images of one group (patient, slide) suggested at a time, at most."
-    where: tuple[str, ...] = ()
+    where: Words = ()
     "Keep only rows whose COLUMN=VALUE."
     seed: int = 0
     "Seed of what is drawn by chance."
