@@ -88,7 +88,7 @@ def test_a_run_gains_exactly_nothing_over_itself(tmp_path: Path) -> None:
 def test_runs_of_other_images_are_no_pair(tmp_path: Path) -> None:
     one = predictions(tmp_path / "one.parquet", 0.6, 1)
     for changes in ({"images": 89}, {"repeats": 1}):
-        other = predictions(tmp_path / "other.parquet", 0.6, 1, **changes)  # type: ignore[arg-type]
+        other = predictions(tmp_path / "other.parquet", 0.6, 1, **changes)
         with pytest.raises(RayographError, match="not of the same images in the same folds"):
             gain_between(one, other, seed=0)
 
