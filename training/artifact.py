@@ -39,6 +39,8 @@ class ModelCard:
     head: str = "none"
     """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
     classes: tuple[str, ...] = ()
+    ordered: bool = False
+    """Whether the classes stand in an order of theirs, lowest first."""
     temperature: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class ModelCard:
             "input": self.input.as_dict(),
             "head": self.head,
             "classes": list(self.classes),
+            "ordered": self.ordered,
             "temperature": self.temperature,
             "metrics": self.metrics,
             "lineage": self.lineage,
@@ -65,6 +68,7 @@ class ModelCard:
             input=Input.from_dict(values["input"]),
             head=values["head"],
             classes=tuple(values["classes"]),
+            ordered=bool(values.get("ordered", False)),
             temperature=float(values["temperature"]),
             metrics=values["metrics"],
             lineage=values["lineage"],

@@ -154,6 +154,8 @@ class TransferConfig(Config):
     "Repetitions of the cross-validation with other splits."
     split: Split = "group"
     "group keeps a patient on one side; image does not, and leaks."
+    order: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    "All classes from lowest to highest, where they have an order."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -196,6 +198,7 @@ class TransferConfig(Config):
         self._require("batch_size", self.batch_size > 1, "must be at least 2")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
+        self._require("order", len(set(self.order)) == len(self.order), "names a class twice")
 
 
 @Parameter(name="*")

@@ -180,11 +180,12 @@ def _shard(uri: str, _version: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
     return file, pq.read_metadata(file)
 
 
-def leaves(labels: Sequence[str]) -> list[str]:
-    """The sorted classes of single-label rows.
+def leaves(labels: Sequence[str], order: Sequence[str] = ()) -> list[str]:
+    """The classes of single-label rows: sorted, or in `order`, which then names every one of them and no other.
 
     Raises:
-        UsageError: a row has several labels, fewer than two classes remain, or a class is also another's parent.
+        UsageError: a row has several labels, fewer than two classes remain, a class is also another's parent, or
+            `order` names other classes.
     """
     multi = next((label for label in labels if "|" in label), None)
     if multi is not None:
@@ -199,4 +200,13 @@ def leaves(labels: Sequence[str]) -> list[str]:
         child = next((c for c in classes if c.startswith(name + "/")), None)
         if child is not None:
             raise UsageError(f"class {name!r} is also the parent of {child!r}; give its images a leaf of their own")
-    return classes
+    return _ordered(classes, order) if order else classes
+
+
+def _ordered(classes: list[str], order: Sequence[str]) -> list[str]:
+    missing, strange = sorted(set(classes) - set(order)), [name for name in order if name not in classes]
+    parts = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("names", strange)) if names]
+    if parts:
+        rule = "give every class of the labelled images, from lowest to highest"
+        raise UsageError(f"--order {' '.join(order)}: {' and '.join(parts)}{', no class' if strange else ''}; {rule}")
+    return list(order)

@@ -88,7 +88,13 @@ def _judge(config: EvaluateConfig, model: Model, dataset: Dataset, selection: Se
     truth = np.asarray([classes.index(name) for name in selection.column("label")])
     zeros = np.zeros(len(truth), dtype=np.int64)
     summary = metrics.summarise(
-        truth, probabilities, group=selection.column("group"), fold=zeros, repeat=zeros, seed=config.seed
+        truth,
+        probabilities,
+        group=selection.column("group"),
+        fold=zeros,
+        repeat=zeros,
+        seed=config.seed,
+        ordered=model.card.ordered,
     )
     rows = np.arange(len(truth))
     return Judged(classes, rows, truth, probabilities, zeros, zeros, dict(summary), model.card.temperature)

@@ -20,10 +20,15 @@ WORDS = {
     "accuracy": "share of images named right",
     "balanced_accuracy": "mean over classes of the share named right",
     "kappa": "agreement beyond chance (Cohen)",
-    "kappa_quadratic": "agreement beyond chance, far errors weigh more; only where the classes have an order",
+    "kappa_quadratic": "without meaning here: no order of the classes was given (--order)",
     "f1_macro": "mean over classes of F1",
     "auroc": "area under the ROC curve, one class against the rest, mean over classes and folds",
     "ece": "expected calibration error: how far stated probabilities are from the truth, 0 is best",
+}
+
+ORDINAL_WORDS = {
+    "kappa_quadratic": "agreement beyond chance in the order of the classes, far errors weigh more",
+    "mean_level_error": "mean distance of what was said from the truth, in levels, 0 is best",
 }
 
 
@@ -59,7 +64,8 @@ def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ())
 
 
 def metrics_table(values: dict[str, Any], caption: str) -> report.Table:
-    rows = [[name, report.with_interval(m["value"], m["ci95"]), WORDS.get(name, "")] for name, m in values.items()]
+    words = WORDS | ORDINAL_WORDS if set(metrics.ORDINAL) <= set(values) else WORDS
+    rows = [[name, report.with_interval(m["value"], m["ci95"]), words.get(name, "")] for name, m in values.items()]
     return report.Table(["metric", "value [95 % interval]", "meaning"], rows, caption)
 
 

@@ -68,6 +68,13 @@ def kappa_quadratic(confusions: ArrayLike) -> Floats:
     return _kappa(m, np.square(index[:, None] - index[None, :]))
 
 
+def mean_level_error(confusions: ArrayLike) -> Floats:
+    """Mean distance, in classes, of the prediction from the truth: classes must be in their order."""
+    m = np.asarray(confusions, dtype=np.float64)
+    index = np.arange(m.shape[-1], dtype=np.float64)
+    return _ratio((m * np.abs(index[:, None] - index[None, :])).sum((-2, -1)), m.sum((-2, -1)))
+
+
 def f1_macro(confusions: ArrayLike) -> Floats:
     """Mean F1 of the classes that occur in the truth or among the predictions."""
     m = np.asarray(confusions, dtype=np.float64)
@@ -88,6 +95,8 @@ OF_CONFUSION: dict[str, Callable[[ArrayLike], Floats]] = {
     "f1_macro": f1_macro,
 }
 NAMES = (*OF_CONFUSION, "auroc", "ece")
+ORDINAL = ("mean_level_error",)
+"""What is known beyond `NAMES` where the classes have an order."""
 
 
 # --- Metrics of probabilities --------------------------------------------------------------------------------------
@@ -152,6 +161,7 @@ def summarise(
     repeat: ArrayLike,
     resamples: int = 1000,
     seed: int = 0,
+    ordered: bool = False,
 ) -> dict[str, Metric]:
     """Every metric of out-of-fold predictions, ready for JSON: `{name: {"value", "ci95", "per_fold"}}`.
 
@@ -160,6 +170,7 @@ def summarise(
         probabilities: [M,C], the classes in their order; the prediction is the largest, the first of equals.
         group: [M] names of what must not be split; no empty name (give an ungrouped image its own).
         fold, repeat: [M] indices; all zeros for one pass over a test set.
+        ordered: the classes stand in an order of theirs, so `ORDINAL` is judged too.
 
     `value` pools the out-of-fold predictions of a repeat and averages over repeats; of `auroc` it is the mean over
     folds, then repeats, since scores of different fits do not rank against each other. `per_fold` is in order of
@@ -180,7 +191,7 @@ def summarise(
             ci95=_interval(draws[i], point[i], unbias=name == "ece") if table.groups > 1 else [None, None],
             per_fold=[_number(values[i]) for values in per_fold],
         )
-        for i, name in enumerate(NAMES)
+        for i, name in enumerate((*NAMES, *(ORDINAL if ordered else ())))
     }
 
 
@@ -251,17 +262,18 @@ class _Table:
         return cls(repeats, len(names))
 
     def evaluate(self, weights: Floats) -> Floats:
-        """Values [len(NAMES), B] under group weights [G,B]."""
+        """Values [len(NAMES) + len(ORDINAL), B] under group weights [G,B]."""
         return _mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
 
 
 def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
-    """Values [len(NAMES), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
+    """Values [len(NAMES) + len(ORDINAL), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
     confusions = sum((part.confusions(weights) for part in parts[1:]), parts[0].confusions(weights))
     gaps = sum((part.gaps(weights) for part in parts[1:]), parts[0].gaps(weights))
     areas = _mean_defined(np.stack([part.auroc(weights) for part in parts]), axis=0)
     errors = _ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
-    return np.stack([*(metric(confusions) for metric in OF_CONFUSION.values()), areas, errors])
+    of_confusion = [metric(confusions) for metric in OF_CONFUSION.values()]
+    return np.stack([*of_confusion, areas, errors, mean_level_error(confusions)])
 
 
 def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:

@@ -89,7 +89,7 @@ class _Study:
     def __init__(self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
         self.config, self.dataset, self.selection, self.out = config, dataset, selection, out
         names = selection.column("label")
-        self.classes = leaves(names)
+        self.classes = leaves(names, config.order)
         truth = np.asarray([self.classes.index(name) for name in names])
         self.labels = Labels(truth, names, selection.column("group"), config.split)
         self.folds = cross_validation(
@@ -209,7 +209,10 @@ class _Study:
             temperature = calibration.fit_temperature(np.log(np.maximum(raw[others], 1e-12)), truth[others])
             calibrated[mine] = calibration.apply_temperature(raw[mine], temperature)
         groups = [self.labels.groups[r] for r in rows]
-        summary = metrics.summarise(truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed)
+        ordered = bool(self.config.order)
+        summary = metrics.summarise(
+            truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed, ordered=ordered
+        )
         temperature = calibration.fit_temperature(np.log(np.maximum(raw, 1e-12)), truth)
         return Judged(self.classes, rows, truth, calibrated, fold, repeat, dict(summary), temperature)
 
@@ -231,6 +234,7 @@ class _Study:
             input=self.initial.input,
             head="network" if self.config.task == "finetune" else "estimator",
             classes=tuple(self.classes),
+            ordered=bool(self.config.order),
             temperature=self.judged.temperature,
             metrics={name: m["value"] for name, m in self.judged.metrics.items()},
             lineage={

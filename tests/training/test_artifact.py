@@ -116,6 +116,7 @@ def test_the_whole_card_survives(tmp_path: Path) -> None:
         VIT,
         head="network",
         classes=("é", "b/c"),
+        ordered=True,
         temperature=1.5,
         metrics={"auroc": 0.5},
         lineage={"a": [1, {"b": None}]},

@@ -231,6 +231,25 @@ def test_labels_that_make_no_task_are_refused(labels: list[str], part: str) -> N
         leaves(labels)
 
 
+def test_classes_stand_in_the_order_that_was_asked_for() -> None:
+    assert leaves(["npdr", "healthy", "pdr"], ["healthy", "npdr", "pdr"]) == ["healthy", "npdr", "pdr"]
+    assert leaves(["npdr", "healthy", "pdr"], ["pdr", "healthy", "npdr"]) == ["pdr", "healthy", "npdr"]
+
+
+@pytest.mark.parametrize(
+    ("order", "part"),
+    [
+        (["healthy", "pdr"], "--order healthy pdr: lacks npdr; give every class"),
+        (["healthy", "npdr", "pdr", "moon"], "names moon, no class; give every class"),
+        (["healthy", "ndpr", "pdr"], "lacks npdr and names ndpr, no class"),
+    ],
+)
+def test_an_order_of_other_classes_says_what_is_missing_or_too_much(order: list[str], part: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        leaves(["npdr", "healthy", "pdr"], order)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_an_empty_selection_has_no_row_groups() -> None:
     assert Selection(pa.table({"shard": pa.array([], pa.string()), "row": pa.array([], pa.int64())})).row_groups == []
 
