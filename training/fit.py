@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from training.domain import LARGEST, distances_to, sampled_rows
+from training.probabilities import from_logits
 from training.splits import Fold, cross_validation, hold_out
 from training.tasks.finetune import Recipe, fine_tune, predict
 from training.tasks.frozen import ESTIMATORS, INNER_FOLDS, Frozen
+from training.tasks.label_sets import LABEL_SET_ESTIMATORS, LabelSets
+from training.tasks.pooling import Pooler, fit_attention
+from training.units import Units
 
 HELD_FRACTION = 0.15
 """Share of a fold's training groups that only chooses when to stop."""
@@ -20,12 +24,17 @@ FOLD_REFERENCE = 2000
 
 @dataclass(frozen=True)
 class Labels:
-    """The labelled rows of a run: class numbers and names [N], and groups [N]."""
+    """The labelled rows of a run: class numbers [N] or label sets bool [N, K], their names [N], and groups [N]."""
 
     truth: np.ndarray
     names: list[str]
     groups: list[str]
     split: str
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.truth.ndim == 2
 
     def take(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
         return [self.names[r] for r in rows], [self.groups[r] for r in rows]
@@ -54,7 +63,13 @@ def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold
     reference, _ = predict(outcome.network, outcome.initial.input, pixels[known], "cpu")
     distances = distances_to(reference, features)
     return FoldResult(
-        fold.repeat, fold.fold, fold.test, softmax(logits), outcome.best_epoch, outcome.history, distances
+        fold.repeat,
+        fold.fold,
+        fold.test,
+        from_logits(logits, several=labels.several),
+        outcome.best_epoch,
+        outcome.history,
+        distances,
     )
 
 
@@ -75,7 +90,7 @@ def refit_and_judge(
 ) -> np.ndarray:
     """Probabilities [T, K] of rows `test`, by a network trained on rows `train` as `refit_network` does on all."""
     outcome = fine_tune(recipe, pixels, truth, train, train[:0], "refit", stop_after=epochs)
-    return softmax(predict(outcome.network, outcome.initial.input, pixels[test], "cpu")[1])
+    return from_logits(predict(outcome.network, outcome.initial.input, pixels[test], "cpu")[1], several=False)
 
 
 def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
@@ -85,23 +100,57 @@ def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, s
     return FoldResult(fold.repeat, fold.fold, fold.test, probabilities, 0, [], distances)
 
 
-def fit_frozen(task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int) -> Frozen:
+def fit_frozen(
+    task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int
+) -> Frozen | LabelSets:
     """A classifier on the features of `rows`; inner folds keep groups whole."""
     names, groups = labels.take(rows)
     split: Any = labels.split
     inner = cross_validation(names, groups, folds=_inner_folds(names, groups, split), repeats=1, split=split, seed=seed)
     pairs = [(f.train, f.test) for f in inner]
+    if labels.several:
+        return LabelSets(LABEL_SET_ESTIMATORS[task](features[rows], labels.truth[rows], pairs), classes)
     return Frozen(ESTIMATORS[task](features[rows], labels.truth[rows], pairs), classes)
+
+
+def attention_fold(
+    features: np.ndarray, labels: Labels, units: Units, classes: int, seed: int, fold: Fold
+) -> FoldResult:
+    """Attention over the images of each unit of the fold; its rows stand for units (`units.fold_of_units`).
+
+    Some of the training side's groups only choose when to stop. The result holds one row per unit.
+    """
+    names, groups = labels.take(fold.train)
+    train, held = hold_out(names, groups, fraction=HELD_FRACTION, seed=seed + fold.repeat)
+    sides = [units.of_row[fold.train[side]] for side in (train, held)]
+    truth = labels.truth[units.first]
+    pooler = fit_attention(features, units.of_row, truth, *sides, classes=classes, seed=seed + fold.fold)
+    probabilities = pooled_by(pooler, features, units, fold.test)
+    return FoldResult(fold.repeat, fold.fold, fold.test, probabilities, pooler.best_epoch, [], np.empty(0))
+
+
+def refit_attention(features: np.ndarray, labels: Labels, units: Units, classes: int, seed: int, epochs: int) -> Pooler:
+    """Attention trained on all units that have a label, for `epochs`."""
+    truth, nobody = labels.truth[units.first], np.empty(0, dtype=np.int64)
+    everyone = units.judged
+    return fit_attention(features, units.of_row, truth, everyone, nobody, classes=classes, seed=seed, epochs=epochs)
+
+
+def pooled_by(pooler: Pooler, features: np.ndarray, units: Units, standing: np.ndarray) -> np.ndarray:
+    """Probabilities [S, K], not calibrated, of the units for which the rows `standing` [S] stand."""
+    place = np.full(len(units), -1)
+    place[units.of_row[standing]] = np.arange(len(standing))
+    unit = place[units.of_row]
+    return pooler.probabilities(features[unit >= 0], unit[unit >= 0])
 
 
 def _inner_folds(names: list[str], groups: list[str], split: str) -> int:
     """As many as the rarest class allows, at most `INNER_FOLDS`."""
-    units = [len({g for n, g in zip(names, groups, strict=True) if n == c}) for c in set(names)]
-    images = [names.count(c) for c in set(names)]
-    return max(2, min(INNER_FOLDS, *(units if split == "group" else images)))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities float64 [N, K]."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+    sets = [set(name.split("|")) for name in names]
+    several = any(len(own) > 1 for own in sets)
+    spread = (True, False) if several else (True,)  # of label sets, also those without a class must be spread
+    rarest = INNER_FOLDS
+    for name in set().union(*sets):
+        sides = [[g for own, g in zip(sets, groups, strict=True) if (name in own) == has] for has in spread]
+        rarest = min(rarest, *(len(set(side)) if split == "group" else len(side) for side in sides if side))
+    return max(2, rarest)

@@ -183,7 +183,9 @@ def summarise(
     """
     table = _Table.checked(truth, probabilities, group, fold, repeat)
     point = table.evaluate(np.ones((table.groups, 1)))[:, 0]
-    draws = np.concatenate([table.evaluate(w) for w in _resamples(table, resamples, seed)], axis=1)
+    draws = np.concatenate(
+        [table.evaluate(w) for w in _resamples(table.groups, table.largest, resamples, seed)], axis=1
+    )
     per_fold = [_evaluate([part], np.ones((table.groups, 1)))[:, 0] for parts in table.repeats for part in parts]
     return {
         name: Metric(
@@ -239,6 +241,11 @@ class _Table:
     repeats: list[list[_Part]]
     groups: int
 
+    @property
+    def largest(self) -> int:
+        """Rows of the largest fold."""
+        return max(len(part.truth) for parts in self.repeats for part in parts)
+
     @classmethod
     def checked(
         cls, truth: ArrayLike, probabilities: ArrayLike, group: ArrayLike, fold: ArrayLike, repeat: ArrayLike
@@ -276,10 +283,9 @@ def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
     return np.stack([*of_confusion, areas, errors, mean_level_error(confusions)])
 
 
-def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:
-    """Weights [G,b] of all resamples, in pieces that fit in memory."""
-    rng, groups = np.random.default_rng(seed), table.groups
-    rows = max(len(part.truth) for parts in table.repeats for part in parts)
+def _resamples(groups: int, rows: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """Weights [G,b] of all resamples, in pieces that fit in memory where a fold has at most that many rows."""
+    rng = np.random.default_rng(seed)
     step = max(1, CELLS // max(groups, rows))
     for start in range(0, resamples, step):
         size = min(step, resamples - start)

@@ -18,20 +18,32 @@ from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training import calibration, domain, metrics
+from training import domain
 from training.artifact import HEAD, ModelCard, forward, model_folder, save_model
 from training.configs import TransferConfig
-from training.dataset import Dataset, Selection, leaves
+from training.dataset import Dataset, Selection, label_of, leaves, several_labels, truth_of
 from training.device import count_workers, device_in, threads_for
-from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.fit import (
+    FoldResult,
+    Labels,
+    attention_fold,
+    finetune_fold,
+    fit_frozen,
+    frozen_fold,
+    refit_attention,
+    refit_network,
+)
 from training.folds import run_folds
 from training.images import to_channels
 from training.ingest import resolve_data
-from training.judgement import Judged, figures_of, write_transfer_report
+from training.judgement import Judged, figures_of, of_units, summarise, write_transfer_report
 from training.lineage import own_images, seen_by
+from training.probabilities import calibrated, temperature_for
 from training.splits import Fold, cross_validation
+from training.tasks import pooling
 from training.tasks.finetune import Recipe, recipe_for
 from training.transform import evaluation_view
+from training.units import Units, fold_of_units, units_of
 from training.weights import Wanted, initial_weights, located
 
 
@@ -89,9 +101,15 @@ class _Study:
     def __init__(self, config: TransferConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
         self.config, self.dataset, self.selection, self.out = config, dataset, selection, out
         names = selection.column("label")
-        self.classes = leaves(names, config.order)
-        truth = np.asarray([self.classes.index(name) for name in names])
+        several = config.multi_label or several_labels(names)
+        if several and config.order:
+            raise UsageError(
+                "--order: images have several labels, whose classes are judged by themselves; leave it out"
+            )
+        self.classes = leaves(names, config.order, several=several)
+        truth = truth_of(names, self.classes, several=several)
         self.labels = Labels(truth, names, selection.column("group"), config.split)
+        self.units = units_of(config.unit, names, selection.column("case"), self.labels.groups)
         self.folds = cross_validation(
             names,
             self.labels.groups,
@@ -111,13 +129,17 @@ class _Study:
             results, network, features, estimator = self._frozen(workers)
             best = 0
         self.results = sorted(results, key=lambda r: (r.repeat, r.fold))
-        self.judged = self._judge()
+        self.by_image = self._judge(self.results)
+        self.pooler: pooling.Pooler | None = None
+        self.judged = self._judge_units(features, workers)
         self.best_epoch = best
         self.domain = self._domain(features)
         self._write_model(network, estimator)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
-        write_transfer_report(self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best)
+        write_transfer_report(
+            self.out.path, self.config, self.dataset, self.selection, self.judged, self._card(), best, self.units
+        )
 
     def _prepare(self, device: str) -> None:
         """First weights and pixels, for the device that the session offers."""
@@ -179,14 +201,31 @@ class _Study:
             storage.publish_file(partial, cache)
         return np.asarray(load_file(cache)["features"])
 
-    def _each_fold(self, fit: Any, shared: tuple[Any, ...], workers: int) -> list[FoldResult]:
+    def _judge_units(self, features: np.ndarray, workers: int) -> Judged:
+        """The judgement of the units: pooled from that of the images, or of an attention over their features."""
+        config = self.config
+        if config.unit == "image":
+            return self.by_image
+        if config.pooling == "mean":
+            return of_units(self.by_image, self.units, self.labels.groups, config.seed, ordered=bool(config.order))
+        folds = [fold_of_units(self.units, fold) for fold in self.folds]
+        shared = (features, self.labels, self.units, len(self.classes), config.seed)
+        results = self._each_fold(attention_fold, shared, workers, folds, "attention")
+        best = int(np.median([r.best_epoch for r in results]))
+        self.pooler = refit_attention(*shared, best)
+        return self._judge(sorted(results, key=lambda r: (r.repeat, r.fold)))
+
+    def _each_fold(
+        self, fit: Any, shared: tuple[Any, ...], workers: int, folds: list[Fold] | None = None, name: str = "folds"
+    ) -> list[FoldResult]:
         """Results of all folds; those finished before an interruption are read, not computed again."""
-        folder = self.out.path / "folds"
+        folder = self.out.path / name
         folder.mkdir(exist_ok=True)
-        done = [r for f in self.folds if (r := _load_fold(folder, f)) is not None]
+        folds = self.folds if folds is None else folds
+        done = [r for f in folds if (r := _load_fold(folder, f)) is not None]
         known = {(r.repeat, r.fold) for r in done}
-        missing = [(f,) for f in self.folds if (f.repeat, f.fold) not in known]
-        with progress(self.config.task, len(self.folds), "folds", done=len(done)) as bar:
+        missing = [(f,) for f in folds if (f.repeat, f.fold) not in known]
+        with progress(self.config.task if name == "folds" else name, len(folds), "folds", done=len(done)) as bar:
             for result in run_folds(fit, shared, missing, workers=workers, gpu=self.device == "cuda"):
                 _save_fold(folder, result)
                 self.out.push()
@@ -194,27 +233,27 @@ class _Study:
                 bar.advance(1)
         return done
 
-    def _judge(self) -> Judged:
+    def _judge(self, results: list[FoldResult]) -> Judged:
         """Out-of-fold predictions, each fold calibrated by the temperature of its repeat's other folds."""
-        rows = np.concatenate([r.test for r in self.results])
-        fold = np.concatenate([np.full(len(r.test), r.fold) for r in self.results])
-        repeat = np.concatenate([np.full(len(r.test), r.repeat) for r in self.results])
-        raw = np.concatenate([r.probabilities for r in self.results])
+        rows = np.concatenate([r.test for r in results])
+        fold = np.concatenate([np.full(len(r.test), r.fold) for r in results])
+        repeat = np.concatenate([np.full(len(r.test), r.repeat) for r in results])
+        raw = np.concatenate([r.probabilities for r in results])
         truth = self.labels.truth[rows]
-        calibrated = np.empty_like(raw)
-        for one in self.results:
+        probabilities = np.empty_like(raw)
+        for one in results:
             same, mine = repeat == one.repeat, fold == one.fold
             # of the same repeat: another one's folds hold the very rows that are calibrated here
             mine, others = same & mine, same & ~mine
-            temperature = calibration.fit_temperature(np.log(np.maximum(raw[others], 1e-12)), truth[others])
-            calibrated[mine] = calibration.apply_temperature(raw[mine], temperature)
+            temperature = temperature_for(raw[others], truth[others])
+            probabilities[mine] = calibrated(raw[mine], temperature, several=self.labels.several)
         groups = [self.labels.groups[r] for r in rows]
         ordered = bool(self.config.order)
-        summary = metrics.summarise(
-            truth, calibrated, group=groups, fold=fold, repeat=repeat, seed=self.config.seed, ordered=ordered
+        summary = summarise(
+            truth, probabilities, group=groups, fold=fold, repeat=repeat, seed=self.config.seed, ordered=ordered
         )
-        temperature = calibration.fit_temperature(np.log(np.maximum(raw, 1e-12)), truth)
-        return Judged(self.classes, rows, truth, calibrated, fold, repeat, dict(summary), temperature)
+        temperature = temperature_for(raw, truth)
+        return Judged(self.classes, rows, truth, probabilities, fold, repeat, dict(summary), temperature)
 
     def _domain(self, features: np.ndarray) -> domain.Domain:
         """What the training set looks like, from the features that the final network gives it."""
@@ -235,7 +274,8 @@ class _Study:
             head="network" if self.config.task == "finetune" else "estimator",
             classes=tuple(self.classes),
             ordered=bool(self.config.order),
-            temperature=self.judged.temperature,
+            activation="sigmoid" if self.labels.several else "softmax",
+            temperature=self.by_image.temperature,
             metrics={name: m["value"] for name, m in self.judged.metrics.items()},
             lineage={
                 "verb": "transfer",
@@ -250,10 +290,13 @@ class _Study:
         seen = own_images(self.selection) | seen_by(self.config.init)
         files = [(domain.REFERENCE, self.domain.dumps())]
         files += [(HEAD, estimator.dumps())] if estimator is not None else []
+        files += [(pooling.FILE, self.pooler.dumps(self.judged.temperature))] if self.pooler is not None else []
         save_model(self.out.path / "model", self._card(), network, seen=seen, files=files)
 
     def _write_predictions(self) -> None:
-        write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)
+        write_predictions(self.out.path / "predictions.parquet", self.selection, self.by_image)
+        if self.config.unit != "image":
+            write_units(self.out.path / "units.parquet", self.selection, self.judged, self.units)
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -262,11 +305,13 @@ class _Study:
                 "folds": self.config.folds,
                 "repeats": self.config.repeats,
                 "groups": len(set(self.labels.groups)),
+                **protocol_of(self.units, self.config.pooling),
             },
             "images": len(self.selection),
             "classes": self.classes,
+            "multi_label": self.labels.several,
             "best_epoch": self.best_epoch,
-            "temperature": self.judged.temperature,
+            "temperature": self.by_image.temperature,
             "metrics": self.judged.metrics,
         }
 
@@ -274,12 +319,36 @@ class _Study:
 def write_predictions(path: Path, selection: Selection, judged: Judged) -> None:
     """predictions.parquet: image_id, group, case, repeat, fold, truth, one probability per leaf."""
     columns: dict[str, Any] = {name: selection.column(name) for name in ("image_id", "group", "case")}
+    _write_judged(path, columns, judged)
+
+
+def write_units(path: Path, selection: Selection, judged: Judged, units: Units) -> None:
+    """units.parquet: unit (its case or group; the image's id where one stands alone), group, images, and the rest of
+    predictions.parquet."""
+    identities, groups = selection.column("image_id"), selection.column("group")
+    columns = {
+        "unit": [units.names[u] or identities[r] for u, r in zip(units.of_row, range(len(selection)), strict=True)],
+        "group": groups,
+        "images": np.bincount(units.of_row)[units.of_row],
+    }
+    _write_judged(path, columns, judged)
+
+
+def protocol_of(units: Units, pooling: str) -> dict[str, Any]:
+    """What `protocol` of summary.json says of the units."""
+    if units.kind == "image":
+        return {"unit": "image"}
+    left_out = int(units.conflicting.sum())
+    return {"unit": units.kind, "pooling": pooling, "units": len(units) - left_out, "units_left_out": left_out}
+
+
+def _write_judged(path: Path, columns: dict[str, Any], judged: Judged) -> None:
     table = pa.table(
         {
             **{name: [values[r] for r in judged.rows] for name, values in columns.items()},
             "repeat": judged.repeat,
             "fold": judged.fold,
-            "truth": [judged.classes[t] for t in judged.truth],
+            "truth": [label_of(t, judged.classes) for t in judged.truth],
             **{name: judged.probabilities[:, at] for at, name in enumerate(judged.classes)},
         }
     )
