@@ -15,9 +15,7 @@ NOBODY = np.empty(0, np.int64)
 both_kinds = pytest.mark.parametrize("several", [False, True])
 
 
-def views(
-    cases: int = 240, dimension: int = 24, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def views(cases: int = 300, dimension: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Cases of 4 to 12 views, one of which is marked and shows the class, in the signs that the other views show at
     random: features [N, D], the case of each row, truth [U] and the row [U] that tells."""
     rng = np.random.default_rng(seed)
@@ -75,13 +73,13 @@ def test_attention_and_logits_are_those_of_the_formula_case_by_case() -> None:
 
 def test_a_sign_in_one_view_is_found_where_the_mean_of_all_views_drowns_it() -> None:
     features, unit, truth, telling = views()
-    train, held, test = np.split(np.arange(240), [140, 170])
+    train, held, test = np.split(np.arange(300), [165, 210])
     pooler = fit_attention(features, unit, truth, train, held, classes=2, seed=0)
     found = pooler.probabilities(features, unit)[test]
     right = (found.argmax(axis=1) == truth[test]).mean()
-    means = np.stack([features[unit == case].mean(axis=0) for case in range(240)])
+    means = np.stack([features[unit == case].mean(axis=0) for case in range(300)])
     plain = LogisticRegression(C=0.1).fit(means[train], truth[train])
-    assert right > 0.85 > plain.score(means[test], truth[test]) + 0.05
+    assert right > 0.85 > plain.score(means[test], truth[test]) + 0.1
     attention = pooler.attention(features, unit)
     likeliest = [np.flatnonzero(unit == case)[attention[unit == case].argmax()] for case in test]
     assert (np.asarray(likeliest) == telling[test]).mean() > 0.8

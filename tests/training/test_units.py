@@ -61,7 +61,7 @@ def test_label_sets_are_pooled_like_class_numbers() -> None:
     p = np.asarray([[0.2, 0.4, 0], [0.4, 0.8, 0.2], [0, 0, 1.0]])
     found = pooled(units, np.arange(3), truth, p, zeros, zeros)
     assert np.array_equal(found.truth, truth[[0, 2]])
-    assert np.allclose(found.probabilities, [[0.3, 0.6, 0.1], [0, 0, 1]])
+    assert np.allclose(found.probabilities, np.asarray([[0.3, 0.6, 0.1], [0.0, 0.0, 1.0]]))
 
 
 def test_a_case_in_two_groups_is_refused_by_name() -> None:
