@@ -97,7 +97,8 @@ def test_each_task_judges_every_labelled_image_once_per_repeat(
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-6)
     _check_metrics(summary["metrics"], rows, classes, FOLDS * repeats)
     assert summary["protocol"] == {
-        "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group")))
+        "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group"))),
+        "unit": "image",
     }  # fmt: skip
     for name in ("report.html", "config.yaml", "figures/confusion.png", "figures/reliability.png"):
         assert (run / name).is_file(), name

@@ -12,6 +12,8 @@ from cluster.settings import Config
 
 Task = Literal["finetune", "linear", "knn", "svm"]
 Split = Literal["group", "image", "site", "holdout"]
+Unit = Literal["image", "case", "group"]
+Pooling = Literal["mean", "attention"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -162,6 +164,14 @@ class TransferConfig(Config):
     "Share of the groups that --split holdout judges on."
     label_fraction: tuple[float, ...] = (1.0,)
     "Shares of the training groups to fit with: a curve; the largest is the run's own."
+    order: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    "All classes from lowest to highest, where they have an order."
+    multi_label: bool = False
+    "Judge each class by itself, as an image may have several; so it is anyway where a label has a |."
+    unit: Unit = "image"
+    "What is judged: each image, or all images of a case or a group together."
+    pooling: Pooling = "mean"
+    "How the images of a unit are pooled: mean of their probabilities, or attention over frozen features."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -216,6 +226,13 @@ class TransferConfig(Config):
                 self._require(field, not given, "not with --stages, whose first stage decides the network")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
+        self._require("order", len(set(self.order)) == len(self.order), "names a class twice")
+        self._require("order", not (self.order and self.multi_label), "classes that are judged by themselves have none")
+        parts = "a split by image would put the images of one unit on both sides"
+        self._require("unit", self.unit == "image" or self.split != "image", parts)
+        self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
+        frozen = "needs frozen features: --task linear, knn or svm"
+        self._require("pooling", self.pooling == "mean" or self.task != "finetune", frozen)
 
 
 @Parameter(name="*")
@@ -232,6 +249,10 @@ class EvaluateConfig(Config):
     "RUNs that the model is compared with; without --data by the out-of-fold predictions of the same folds."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
+    unit: Unit = "image"
+    "What is judged: each image, or all images of a case or a group together."
+    pooling: Pooling = "mean"
+    "How the images of a unit are pooled: mean of their probabilities, or the attention that the model was left with."
     allow_seen: bool = False
     "Also judge images of the model's own lineage; the figures are then optimistic."
     batch_size: int = 64
@@ -252,6 +273,9 @@ class EvaluateConfig(Config):
             )
         if self.data is None and self.where:
             raise UsageError(f"--where {' '.join(self.where)}: chooses rows of --data, which is not given")
+        self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
+        unseen = "judges images of --data, which is not given: what was said out of fold is pooled by the mean"
+        self._require("pooling", self.pooling == "mean" or self.data is not None, unseen)
 
 
 @Parameter(name="*")
