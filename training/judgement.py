@@ -133,7 +133,8 @@ def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ())
         counts = metrics.confusion(judged.truth, judged.probabilities.argmax(axis=1), len(judged.classes))
         figures.confusion_matrix(counts, judged.classes, folder / "confusion.png")
         bins = metrics.reliability(judged.probabilities, judged.truth)
-    figures.reliability_diagram(*bins, judged.metrics["ece"]["value"], folder / "reliability.png")
+    axes = {"axes": ("probability of a label", "share that has it")} if judged.several else {}
+    figures.reliability_diagram(*bins, judged.metrics["ece"]["value"], folder / "reliability.png", **axes)
     series = {}
     for result in results:
         epochs = np.asarray([row["epoch"] for row in result.history])
