@@ -133,6 +133,7 @@ def test_a_budget_of_labels_is_a_curve_whose_end_is_the_run_itself(
         "folds": 1,
         "repeats": 2,
         "groups": summary["protocol"]["groups"],
+        "unit": "image",
     }
     budgets = summary["budgets"]
     assert list(budgets) == ["0.25", "0.75"]

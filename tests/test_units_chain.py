@@ -88,9 +88,24 @@ def test_an_attention_is_left_beside_the_model_and_evaluate_judges_by_it(cased: 
     assert pq.read_table(tmp_path / "attended" / "predictions.parquet").num_rows == images
     plain = config(cased, tmp_path / "plain")
     transfer(plain)
+    assert "mean_level_error" not in by_mean["metrics"]
     without = {**attended.as_dict(), "model": plain.out, "out": str(tmp_path / "no"), "where": ()}
     with pytest.raises(UsageError, match=r"--pooling attention: .* has none; use --pooling mean"):
         evaluate(EvaluateConfig(**without))
+
+
+def test_an_order_is_that_of_every_file_and_evaluate_judges_by_it(cased: Path, tmp_path: Path) -> None:
+    order = ("healthy", "disease/diffuse", "disease/cyst", "disease/nodule")
+    summary = transfer(config(cased, tmp_path / "run", order=order))
+    assert summary["classes"] == list(order)
+    assert pq.read_schema(tmp_path / "run" / "predictions.parquet").names[-4:] == list(order)
+    rows = rows_of(tmp_path / "run" / "units.parquet")
+    place = {name: at for at, name in enumerate(order)}
+    off = [abs(int(np.argmax([row[name] for name in order])) - place[row["truth"]]) for row in rows]
+    assert summary["metrics"]["mean_level_error"]["value"] == pytest.approx(np.mean(off))
+    judged = EvaluateConfig(model=str(tmp_path / "run"), data=str(cased), out=str(tmp_path / "out"), allow_seen=True)
+    assert "mean_level_error" in evaluate(judged)["metrics"]
+    assert pq.read_schema(tmp_path / "out" / "predictions.parquet").names[-4:] == list(order)
 
 
 @pytest.mark.parametrize(

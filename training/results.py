@@ -56,7 +56,8 @@ def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ())
         if name in levels and m["value"] is not None
     ]
     figures.intervals(drawn, folder / "metrics.png", "value; 1 is best")
-    figures.reliability_diagram(*bins, judged.metrics["ece"]["value"], folder / "reliability.png")
+    axes = {"axes": ("probability of a label", "share that has it")} if judged.several else {}
+    figures.reliability_diagram(*bins, judged.metrics["ece"]["value"], folder / "reliability.png", **axes)
     series = {}
     for result in results:
         epochs = np.asarray([row["epoch"] for row in result.history])
