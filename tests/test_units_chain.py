@@ -94,6 +94,32 @@ def test_an_attention_is_left_beside_the_model_and_evaluate_judges_by_it(cased: 
         evaluate(EvaluateConfig(**without))
 
 
+def test_two_runs_are_compared_by_case_out_of_fold_and_on_other_images(cased: Path, tmp_path: Path) -> None:
+    own, other = (
+        transfer(config(cased, tmp_path / name, task=name, repeats=2, label_fraction=(1.0, 0.6)))
+        for name in ("knn", "linear")
+    )
+    assert own["budgets"]["1"]["metrics"] == own["metrics"] != own["budgets"]["0.6"]["metrics"]
+    runs: dict[str, Any] = {"model": str(tmp_path / "knn"), "against": (str(tmp_path / "linear"),), "unit": "case"}
+    found = evaluate(EvaluateConfig(**runs, out=str(tmp_path / "out")))
+    assert found["protocol"] == own["protocol"]
+    for name in ("accuracy", "balanced_accuracy", "auroc"):
+        ours, theirs = own["metrics"][name], other["metrics"][name]
+        assert found["metrics"][name]["value"] == pytest.approx(ours["value"])
+        assert found["against"]["linear"]["own"][name]["value"] == pytest.approx(theirs["value"])
+        difference = found["against"]["linear"]["metrics"][name]["difference"]
+        assert difference == pytest.approx(ours["value"] - theirs["value"])
+    by_run, again = (rows_of(tmp_path / name / "units.parquet") for name in ("knn", "out"))
+    assert [row["unit"] for row in by_run] == [row["unit"] for row in again]
+    assert [row["images"] for row in by_run] == [row["images"] for row in again]
+    unseen = evaluate(EvaluateConfig(**runs, data=str(cased), out=str(tmp_path / "unseen"), allow_seen=True))
+    assert unseen["protocol"]["units"] == own["protocol"]["units"]
+    report = (tmp_path / "unseen" / "report.html").read_text(encoding="utf-8")
+    assert f"All models judged the same {own['protocol']['units']} cases of" in report
+    with pytest.raises(UsageError, match="--pooling attention: judges images of --data, which is not given"):
+        EvaluateConfig(**runs, pooling="attention", out=str(tmp_path / "no"))
+
+
 def test_an_order_is_that_of_every_file_and_evaluate_judges_by_it(cased: Path, tmp_path: Path) -> None:
     order = ("healthy", "disease/diffuse", "disease/cyst", "disease/nodule")
     summary = transfer(config(cased, tmp_path / "run", order=order))
