@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,16 +31,21 @@ def ranked(classes: Sequence[str], probabilities: Sequence[float]) -> list[dict[
     return [{"label": label, "probability": float(p)} for label, p in pairs]
 
 
-def tree(classes: Sequence[str], probabilities: Sequence[float]) -> dict[str, Any]:
-    """The class tree: a node's probability is the sum of its children's; children likeliest first."""
+def tree(classes: Sequence[str], probabilities: Sequence[float], *, several: bool = False) -> dict[str, Any]:
+    """The class tree, children likeliest first. A node's probability is the sum of its children's.
+
+    With `several` labels per image it is the largest of its children's: what holds below a node holds for it, so it
+    is at least as likely, and how likely both of two labels are is not known.
+    """
+    join = max if several else operator.add
     root: dict[str, Any] = {"label": "", "probability": 0.0, "children": []}
     for label, probability in zip(classes, probabilities, strict=True):
         node = root
-        node["probability"] += float(probability)
+        node["probability"] = join(node["probability"], float(probability))
         parts = label.split("/")
         for depth in range(1, len(parts) + 1):
             node = _child(node, "/".join(parts[:depth]))
-            node["probability"] += float(probability)
+            node["probability"] = join(node["probability"], float(probability))
     return _sorted(root)
 
 

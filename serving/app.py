@@ -87,6 +87,8 @@ class Service:
     index: dict[str, Any] | None
     body_bytes: int
     timeout_s: float
+    several: bool = False
+    """Whether an image may have several labels, so that their probabilities are independent."""
 
     @property
     def model(self) -> dict[str, str]:
@@ -138,9 +140,14 @@ class Node(BaseModel):
 
 
 class Classified(BaseModel):
-    """Leaves, likeliest first, with calibrated probabilities; `tree` sums them up to the root."""
+    """Leaves, likeliest first, with calibrated probabilities; `tree` sums them up to the root.
+
+    Where `several` labels may hold for an image, each probability is of that label by itself, they have no sum, and a
+    node of `tree` has the largest of those below it.
+    """
 
     classes: list[Class]
+    several: bool
     tree: Node
     in_domain: Domain
     model: ModelName
@@ -228,6 +235,7 @@ LEAVES: list[dict[str, Any]] = [
 EXAMPLES: dict[str, dict[str, Any]] = {
     "classify": {
         "classes": LEAVES,
+        "several": False,
         "tree": {
             "label": "",
             "probability": 1.0,
@@ -334,7 +342,8 @@ class Desk:
         assert judged.probabilities is not None
         return {
             "classes": ranked(self.service.classes, judged.probabilities),
-            "tree": tree(self.service.classes, judged.probabilities),
+            "several": self.service.several,
+            "tree": tree(self.service.classes, judged.probabilities, several=self.service.several),
             **self._ending(judged),
         }
 

@@ -141,6 +141,7 @@ def _service(config: ServeConfig) -> Any:
         index=index,
         body_bytes=config.max_body_mb * 2**20,
         timeout_s=config.timeout_s,
+        several=card.activation == "sigmoid",
     )
 
 

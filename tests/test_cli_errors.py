@@ -156,6 +156,12 @@ ON_DATA: dict[str, tuple[str, int, str]] = {
     "a condition on no column": ("transfer --data DATA --out o --where modalty=oct", 2, "no column 'modalty'"),
     "a condition that is none": ("pretrain --data DATA --out o --where modality", 2, "give COLUMN=VALUE"),
     "a condition that nothing meets": ("pretrain --data DATA --out o --where label=moon", 2, "no image is left"),
+    "an order that lacks classes": (
+        "transfer --data DATA --out o --order healthy disease/cyst",
+        2,
+        "--order healthy disease/cyst: lacks disease/",
+    ),
+    "an order of a class twice": ("transfer --data DATA --out o --order healthy healthy", 2, "names a class twice"),
     "a single class": ("transfer --data DATA --out o --where label=healthy", 2, "needs images of at least two classes"),
     "an encoder that should classify": ("evaluate --model RUN --data DATA --out o", 2, "an encoder without classes"),
     "a comparison with no RUN": ("evaluate --model RUN --against images --out o", 2, "images: not a RUN"),

@@ -97,7 +97,8 @@ def test_each_task_judges_every_labelled_image_once_per_repeat(
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-6)
     _check_metrics(summary["metrics"], rows, classes, FOLDS * repeats)
     assert summary["protocol"] == {
-        "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group")))
+        "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group"))),
+        "unit": "image",
     }  # fmt: skip
     for name in ("report.html", "config.yaml", "figures/confusion.png", "figures/reliability.png", "model/README.md"):
         assert (run / name).is_file(), name
@@ -135,6 +136,7 @@ def test_a_budget_of_labels_is_a_curve_whose_end_is_the_run_itself(
         "folds": 1,
         "repeats": 2,
         "groups": summary["protocol"]["groups"],
+        "unit": "image",
     }
     budgets = summary["budgets"]
     assert list(budgets) == ["0.25", "0.75"]

@@ -18,11 +18,11 @@ from torch import nn
 from cluster import storage
 from cluster.errors import UsageError
 from training import lineage
-from training.calibration import apply_temperature
 from training.domain import REFERENCE, Domain, load_domain
 from training.encoder import Architecture
 from training.images import ImagePath
 from training.nearby import nearby
+from training.probabilities import ACTIVATIONS, Activation, calibrated
 from training.transform import Input, evaluation_view
 
 FORMAT = 1
@@ -39,6 +39,10 @@ class ModelCard:
     head: str = "none"
     """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
     classes: tuple[str, ...] = ()
+    ordered: bool = False
+    """Whether the classes stand in an order of theirs, lowest first."""
+    activation: Activation = "softmax"
+    """softmax: one class per image; sigmoid: each class by itself, an image may have several."""
     temperature: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +55,8 @@ class ModelCard:
             "input": self.input.as_dict(),
             "head": self.head,
             "classes": list(self.classes),
+            "ordered": self.ordered,
+            "activation": self.activation,
             "temperature": self.temperature,
             "metrics": self.metrics,
             "lineage": self.lineage,
@@ -65,10 +71,18 @@ class ModelCard:
             input=Input.from_dict(values["input"]),
             head=values["head"],
             classes=tuple(values["classes"]),
+            ordered=bool(values.get("ordered", False)),
+            activation=_activation(values.get("activation", "softmax")),
             temperature=float(values["temperature"]),
             metrics=values["metrics"],
             lineage=values["lineage"],
         )
+
+
+def _activation(name: str) -> Activation:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r}")
+    return name
 
 
 class Estimator(Protocol):
@@ -95,20 +109,22 @@ class Model:
 
     @torch.inference_mode()
     def classify(self, features: np.ndarray) -> np.ndarray:
-        """Calibrated class probabilities float64 [N, K] of features [N, D], as `embed` gives them.
+        """Calibrated class probabilities float64 [N, K] of features [N, D], as `embed` gives them; a row's sum to 1
+        where an image has one class.
 
         Raises:
             UsageError: the model is an encoder without classes.
         """
         if self.card.head == "none":
             raise UsageError("this model is an encoder without classes; train one with: rayograph transfer --init RUN")
+        several = self.card.activation == "sigmoid"
         if self.estimator is not None:
             raw = self.estimator.probabilities(features)
         else:
             head: nn.Module = self.network.get_classifier()  # type: ignore[operator]
             logits = head(torch.from_numpy(features).to(self.device)).float().cpu()
-            raw = torch.softmax(logits.double(), dim=1).numpy()
-        return apply_temperature(raw, self.card.temperature)
+            raw = (torch.sigmoid(logits.double()) if several else torch.softmax(logits.double(), dim=1)).numpy()
+        return calibrated(raw, self.card.temperature, several=several)
 
     def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3]; errors of `classify`."""
@@ -241,8 +257,10 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     estimator: Estimator | None = None
     if card.head == "estimator":
         from training.tasks.frozen import load_estimator
+        from training.tasks.label_sets import load_label_sets
 
-        estimator = load_estimator((folder / HEAD).read_bytes(), len(card.classes))
+        load = load_label_sets if card.activation == "sigmoid" else load_estimator
+        estimator = load((folder / HEAD).read_bytes(), len(card.classes))
     domain = load_domain((folder / REFERENCE).read_bytes()) if REFERENCE in hashes else None
     network.requires_grad_(False)
     return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS])

@@ -93,7 +93,7 @@ def maps(network: nn.Module, wanted: Input, pixels: np.ndarray, classes: np.ndar
 
 def looker_of(network: nn.Module, wanted: Input, estimator: Any = None, classes: int = 0) -> Looker:
     """The `Looker` of a timm network, from now on in evaluation mode, whose features its own classifier judges or,
-    where one is given, a fitted scikit-learn `estimator` of `classes`."""
+    where one is given, a fitted scikit-learn `estimator` of `classes`, or a list of those of each label."""
     own: nn.Module = network.eval().get_classifier()  # type: ignore[operator]
     if estimator is not None:
         return Looker(network, wanted, linear_head(estimator, classes))
@@ -102,7 +102,10 @@ def looker_of(network: nn.Module, wanted: Input, estimator: Any = None, classes:
 
 def linear_head(estimator: Any, classes: int) -> nn.Linear | None:
     """The layer [D -> classes] that says what a pipeline of standardisation and logistic regression says; None for
-    any other estimator. A class that was absent in training has a constant score."""
+    any other estimator. A class that was absent in training has a constant score. A list holds such pipelines, or
+    constants, of each of several labels."""
+    if isinstance(estimator, list):
+        return _label_head(estimator, classes)
     if not (isinstance(estimator, Pipeline) and len(estimator) == 2):
         return None
     scale, last = estimator[0], estimator[1]
@@ -117,6 +120,22 @@ def linear_head(estimator: Any, classes: int) -> nn.Linear | None:
         head.bias.zero_()
         head.weight[last.classes_] = torch.as_tensor(weight, dtype=torch.float32)
         head.bias[last.classes_] = torch.as_tensor(bias, dtype=torch.float32)
+    return head.requires_grad_(False)
+
+
+def _label_head(estimators: list[Any], classes: int) -> nn.Linear | None:
+    """Each label's own layer, stacked; None where one of them is not linear."""
+    rows = [None if isinstance(one, float) else linear_head(one, 2) for one in estimators]
+    linear = [row for row in rows if row is not None]
+    if len(rows) != classes or not linear or len(linear) < sum(not isinstance(one, float) for one in estimators):
+        return None
+    head = nn.Linear(linear[0].in_features, classes)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        for at, row in enumerate(rows):
+            if row is not None:  # the label against its absence
+                head.weight[at], head.bias[at] = row.weight[1] - row.weight[0], row.bias[1] - row.bias[0]
     return head.requires_grad_(False)
 
 

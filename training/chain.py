@@ -24,16 +24,17 @@ from training.gains import Gain, Point
 from training.ingest import resolve_data
 from training.lineage import labelled_by
 from training.overlap import Overlap, groups_of, overlap
+from training.predictions import FILE, UNITS
 from training.pretrain import pretrain
+from training.protocol import Layout, laid_out
 from training.report import Section
 from training.stages import SCRATCH, START, Stage
-from training.transfer import carry_out, laid_out, transfer
+from training.transfer import carry_out, transfer
 
 Preset = Literal["auto", "tiny", "small", "base", "large"]
 FOLDER, PLAN = "stages", "chain.json"
-PREDICTIONS = "predictions.parquet"
-KEPT = (storage.MANIFEST, PREDICTIONS, "report.html")
-"""What the RUN keeps of the target judged from an earlier point."""
+KEPT = (storage.MANIFEST, "report.html")
+"""What the RUN keeps of the target judged from an earlier point, beside its predictions."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class _Chain:
     config: TransferConfig
     target: Dataset
     judged: Selection
+    layout: Layout
     links: list[Planned]
     points: list[Point] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
@@ -115,7 +117,7 @@ class _Chain:
         networks = stages.architectures(read, [each.channels for each in data], device)
         target = resolve_data(config.data, out=config.out)
         judged = target.select(config.where, labelled=True)
-        laid_out(config, judged)
+        layout = laid_out(config, judged)
         links: list[Planned] = []
         for stage, dataset, network in zip(read, data, networks, strict=True):
             selection = _rows(stage, dataset)
@@ -125,7 +127,7 @@ class _Chain:
             place = _place(config, stage.verb, before)
             links.append(Planned(stage, dataset, selection, shared, before, place))
         _refuse_seen(read[0], target, judged)
-        return cls(config, target, judged, links)
+        return cls(config, target, judged, layout, links)
 
     def refuse_other(self) -> None:
         """Raises UsageError where `--out` holds a RUN of other stages under the same flags."""
@@ -174,7 +176,7 @@ class _Chain:
                 transfer(replace(config, out=place, overwrite=False))
             own = folder / point.name
             own.mkdir(exist_ok=True)
-            for part in KEPT:
+            for part in (*KEPT, FILE, *([UNITS] if self.config.unit != "image" else [])):
                 storage.fetch(storage.join(place, part), own / part)
             self._add(point.name, point.link, own, storage.read_json(own / storage.MANIFEST)["metrics"])
         return replace(base, init=self.links[-1].place)
@@ -202,7 +204,10 @@ class _Chain:
 
     def _gain(self, before: Path, after: Path) -> Gain:
         """The one place where two runs of the target are compared."""
-        return gains.gain_between(before / PREDICTIONS, after / PREDICTIONS, seed=self.config.seed)
+        file = FILE if self.config.unit == "image" else UNITS
+        laid = self.layout
+        several, seed = laid.labels.several, self.config.seed
+        return gains.gain_between(before / file, after / file, laid.classes, several=several, seed=seed)
 
     @property
     def origin(self) -> str:

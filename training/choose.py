@@ -37,6 +37,11 @@ def uncertainty(probabilities: np.ndarray) -> np.ndarray:
     return np.asarray(1 - (best[:, 1] - best[:, 0]))
 
 
+def label_uncertainty(probabilities: np.ndarray) -> np.ndarray:
+    """[N] of labels that are judged by themselves [N, K], that of the least sure: 0 where all are, 1 at a half."""
+    return np.asarray((1 - np.abs(2 * probabilities - 1)).max(axis=1))
+
+
 def typical(
     features: np.ndarray, labelled: np.ndarray, pool: np.ndarray, groups: np.ndarray, budget: Budget
 ) -> tuple[np.ndarray, np.ndarray]:

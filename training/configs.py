@@ -12,6 +12,8 @@ from cluster.settings import Config
 
 Task = Literal["finetune", "linear", "knn", "svm"]
 Split = Literal["group", "image", "site", "holdout"]
+Unit = Literal["image", "case", "group"]
+Pooling = Literal["mean", "attention"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
@@ -171,6 +173,14 @@ class TransferConfig(Config):
     "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
     prevalence: Numbers = ()
     "Shares of a class for which predictive values are stated, such as 0.01 0.1."
+    order: Words = ()
+    "All classes from lowest to highest, where they have an order."
+    multi_label: bool = False
+    "Judge each class by itself, as an image may have several; so it is anyway where a label has a |."
+    unit: Unit = "image"
+    "What is judged: each image, or all images of a case or a group together."
+    pooling: Pooling = "mean"
+    "How the images of a unit are pooled: mean of their probabilities, or attention over frozen features."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -226,6 +236,13 @@ class TransferConfig(Config):
         self._require("prevalence", all(0 < share < 1 for share in self.prevalence), "must lie between 0 and 1")
         self._require("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "must lie between 0 and 1")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
+        self._require("order", len(set(self.order)) == len(self.order), "names a class twice")
+        self._require("order", not (self.order and self.multi_label), "classes that are judged by themselves have none")
+        parts = "a split by image would put the images of one unit on both sides"
+        self._require("unit", self.unit == "image" or self.split != "image", parts)
+        self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
+        frozen = "needs frozen features: --task linear, knn or svm"
+        self._require("pooling", self.pooling == "mean" or self.task != "finetune", frozen)
 
 
 @Parameter(name="*")
@@ -246,6 +263,10 @@ class EvaluateConfig(Config):
     "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
     prevalence: Numbers = ()
     "Shares of a class for which predictive values are stated, such as 0.01 0.1."
+    unit: Unit = "image"
+    "What is judged: each image, or all images of a case or a group together."
+    pooling: Pooling = "mean"
+    "How the images of a unit are pooled: mean of their probabilities, or the attention that the model was left with."
     allow_seen: bool = False
     "Also judge images of the model's own lineage; the figures are then optimistic."
     batch_size: int = 64
@@ -267,6 +288,9 @@ class EvaluateConfig(Config):
         if self.data is None and self.where:
             raise UsageError(f"--where {' '.join(self.where)}: chooses rows of --data, which is not given")
         self._require("prevalence", all(0 < share < 1 for share in self.prevalence), "must lie between 0 and 1")
+        self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
+        unseen = "judges images of --data, which is not given: what was said out of fold is pooled by the mean"
+        self._require("pooling", self.pooling == "mean" or self.data is not None, unseen)
 
 
 @Parameter(name="*")

@@ -21,6 +21,7 @@ from training.plan import Plan, window_for
 FORMAT = 1
 RESERVED = frozenset(
     {"image_id", "path", "frame", "status", "reason", "group", "case", "repeat", "fold", "truth", "label"}
+    | {"unit", "images"}
 )
 """Columns of prediction files: no class may be called so."""
 ROW_GROUP = 64
@@ -180,16 +181,23 @@ def _shard(uri: str, _version: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
     return file, pq.read_metadata(file)
 
 
-def leaves(labels: Sequence[str]) -> list[str]:
-    """The sorted classes of single-label rows.
+def several_labels(labels: Sequence[str]) -> bool:
+    """Whether a row names more than one class."""
+    return any("|" in label for label in labels)
+
+
+def leaves(labels: Sequence[str], order: Sequence[str] = (), *, several: bool = False) -> list[str]:
+    """The classes of rows of one label, or with `several` of label sets such as `a|b`; sorted, or in `order`, which
+    then names every one of them and no other.
 
     Raises:
-        UsageError: a row has several labels, fewer than two classes remain, or a class is also another's parent.
+        UsageError: a row has several labels where one is asked for, fewer than two classes remain, a class is also
+            another's parent, a label set's class is on every row, or `order` names other classes.
     """
     multi = next((label for label in labels if "|" in label), None)
-    if multi is not None:
-        raise UsageError(f"label {multi!r} names several classes; multi-label tasks are not supported yet")
-    classes = sorted(set(labels))
+    if multi is not None and not several:
+        raise UsageError(f"label {multi!r} names several classes, but one for each image is asked for here")
+    classes = sorted({name for label in labels for name in label.split("|")})
     reserved = next((c for c in classes if c in RESERVED), None)
     if reserved is not None:
         raise UsageError(f"class {reserved!r}: the name of a column of predictions.parquet; rename the class")
@@ -199,4 +207,40 @@ def leaves(labels: Sequence[str]) -> list[str]:
         child = next((c for c in classes if c.startswith(name + "/")), None)
         if child is not None:
             raise UsageError(f"class {name!r} is also the parent of {child!r}; give its images a leaf of their own")
-    return classes
+    if several:
+        _require_some_without(labels, classes)
+    return _ordered(classes, order) if order else classes
+
+
+def truth_of(labels: Sequence[str], classes: Sequence[str], *, several: bool) -> np.ndarray:
+    """Class numbers int64 [N], or with `several` label sets bool [N, K]."""
+    place = {name: at for at, name in enumerate(classes)}
+    if not several:
+        return np.asarray([place[label] for label in labels])
+    sets = np.zeros((len(labels), len(classes)), dtype=bool)
+    for row, label in enumerate(labels):
+        sets[row, [place[name] for name in label.split("|")]] = True
+    return sets
+
+
+def label_of(truth: Any, classes: Sequence[str]) -> str:
+    """The label of a class number, or of a label set bool [K]: `a|b`, empty where it holds nothing."""
+    if np.ndim(truth) == 0:
+        return classes[int(truth)]
+    return "|".join(name for name, has in zip(classes, truth, strict=True) if has)
+
+
+def _require_some_without(labels: Sequence[str], classes: Sequence[str]) -> None:
+    everywhere = truth_of(labels, classes, several=True).all(axis=0)
+    if everywhere.any():
+        name = classes[int(everywhere.argmax())]
+        raise UsageError(f"class {name!r} is on every labelled image, so there is nothing to tell apart; drop it")
+
+
+def _ordered(classes: list[str], order: Sequence[str]) -> list[str]:
+    missing, strange = sorted(set(classes) - set(order)), [name for name in order if name not in classes]
+    parts = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("names", strange)) if names]
+    if parts:
+        rule = "give every class of the labelled images, from lowest to highest"
+        raise UsageError(f"--order {' '.join(order)}: {' and '.join(parts)}{', no class' if strange else ''}; {rule}")
+    return list(order)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from cluster import storage
 from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
-from training import metrics, report
-from training.artifact import Model, ModelCard, load_model, located_model, read_card, run_name
+from training import report
+from training.artifact import Model, ModelCard, load_model, located_model, model_folder, read_card, run_name
 from training.compare import compare
 from training.configs import EvaluateConfig
-from training.dataset import Dataset, Selection
+from training.dataset import Dataset, Selection, truth_of
 from training.device import choose_device
 from training.evaluation_report import (
     HEADLINE,
@@ -29,11 +27,15 @@ from training.evaluation_report import (
     write_evaluation_report,
 )
 from training.ingest import resolve_data
-from training.judgement import Judged, counts_table, data_section, figures_of
+from training.judgement import Judged, of_units, summarise
 from training.lineage import own_images, seen_by
-from training.predictions import FILE, aligned, read_predictions
+from training.predictions import aligned, read_predictions, write_predictions, write_units
+from training.probabilities import calibrated
+from training.protocol import protocol_of
 from training.report import with_interval
-from training.transfer import write_predictions
+from training.results import counts_table, data_section, figures_of, unit_blocks
+from training.tasks import pooling
+from training.units import Units, pooled, units_of
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -76,7 +78,8 @@ class _Evidence:
     """What all models were judged on, and what they said of it."""
 
     judged: Judged
-    """The model's own."""
+    """The model's own, of images or of what they are pooled into."""
+    ordered: bool
     group: list[str]
     """[M], of the rows of `judged`."""
     others: dict[str, np.ndarray]
@@ -102,16 +105,16 @@ def _named(config: EvaluateConfig) -> dict[str, str]:
 def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -> _Evidence:
     (_, ours), *theirs = [(name, read_predictions(run)) for name, run in runs.items()]
     others = {name: aligned(ours, one) for name, one in theirs}
-    temperature = read_card(config.model)[0].temperature
+    card = read_card(config.model)[0]
     fold, repeat = (np.asarray(ours.column(name), dtype=np.int64) for name in ("fold", "repeat"))
-    group = ours.column("group")
-    judged = _judged(config, ours.classes, ours.truth, ours.probabilities, group, fold, repeat, temperature)
-    partial = out.path / f".{FILE}"
-    pq.write_table(ours.table, partial)
-    storage.publish_file(partial, out.path / FILE)
-    once = np.flatnonzero(repeat == repeat.min())
-    labels, groups = ([ours.column(name)[row] for row in once] for name in ("truth", "group"))
-    said = ours.protocol
+    _, first, member = np.unique(ours.column("image_id"), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    images, rows = Selection(ours.table.take(first[order])), np.argsort(order)[member]
+    labels, groups = images.column("truth"), images.column("group")
+    units = units_of(config.unit, labels, images.column("case"), groups)
+    place_of: dict[str, Any] = {"rows": rows, "fold": fold, "repeat": repeat, "groups": groups}
+    judged = _judged(config, card, ours.classes, ours.truth, ours.probabilities, **place_of)
+    said = {name: value for name, value in ours.protocol.items() if name not in _OF_UNITS}
     protocol = report.Section(
         "Protocol",
         [
@@ -121,15 +124,29 @@ def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -
                 "fit which made it was not trained on."
             ),
             *([report.Warning(_LEAK)] if said["split"] == "image" else []),
+            *unit_blocks(units, config.pooling),
         ],
     )
     data = report.Section(
         "Data", [counts_table(labels, groups, ours.classes, "Labelled images that all models judged")]
     )
-    caption = f"Out-of-fold predictions of {next(iter(runs))}"
-    return _Evidence(judged, group, others, said, len(once), 0, [protocol, data], caption)
+    pooled_others = {name: _mean(units, judged, probabilities) for name, probabilities in others.items()}
+    by_unit = _of_units(config, card, judged, units, groups)
+    _write_judged(config, out, images, judged, by_unit, units)
+    return _Evidence(
+        by_unit,
+        card.ordered,
+        [groups[r] for r in by_unit.rows],
+        pooled_others,
+        said | protocol_of(units, config.pooling),
+        len(images),
+        0,
+        [protocol, data],
+        f"Out-of-fold predictions of {next(iter(runs))}",
+    )
 
 
+_OF_UNITS = ("unit", "pooling", "units", "units_left_out")
 _LEAK = (
     "Split by image: pictures of one patient stand on both sides, so the figures of all models are too good, and the "
     "difference between them is of models that may know the patient. Judge by --split group."
@@ -138,37 +155,59 @@ _LEAK = (
 
 def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: OutDir) -> _Evidence:
     cards = {run: _card(run) for run in runs.values()}
+    _require_comparable(config, cards)
     size = [
         max(side) for side in zip(*((c.image_path.height, c.image_path.width) for c in cards.values()), strict=True)
     ]
     dataset = resolve_data(data, out=config.out, image_size=f"{size[0]}x{size[1]}")
     selection = dataset.select(config.where, labelled=True)
-    classes = list(cards[config.model].classes)
+    card = cards[config.model]
+    classes = list(card.classes)
     seen = _check(config, cards, selection)
-    found = [_probabilities(config, run, classes, dataset, selection) for run in runs.values()]
-    truth = np.asarray([classes.index(name) for name in selection.column("label")])
-    zeros, group = np.zeros(len(truth), dtype=np.int64), selection.column("group")
-    judged = _judged(config, classes, truth, found[0], group, zeros, zeros, cards[config.model].temperature)
-    write_predictions(out.path / FILE, selection, judged)
+    labels, groups = selection.column("label"), selection.column("group")
+    units = units_of(config.unit, labels, selection.column("case"), groups)
+    truth = truth_of(labels, classes, several=card.activation == "sigmoid")
+    said = [_probabilities(config, run, classes, dataset, selection, units) for run in runs.values()]
+    zeros = np.zeros(len(truth), dtype=np.int64)
+    rows = np.arange(len(truth))
+    by_image = _judged(config, card, classes, truth, said[0].images, rows=rows, fold=zeros, repeat=zeros, groups=groups)
+    if config.pooling == "attention":
+        standing = units.first[units.judged]
+        zeros = np.zeros(len(standing), dtype=np.int64)
+        place: dict[str, Any] = {"rows": standing, "fold": zeros, "repeat": zeros, "groups": groups}
+        judged = _judged(config, card, classes, truth[standing], said[0].units, **place)
+        others = [one.units for one in said[1:]]
+    else:
+        judged = _of_units(config, card, by_image, units, groups)
+        others = [_mean(units, by_image, one.images) for one in said[1:]]
+    _write_judged(config, out, selection, by_image, judged, units)
     protocol: list[report.Block] = [
         report.Text(
             f"{', '.join(runs)}: judged on images not seen in training; intervals come from a bootstrap over groups. "
             "Images are compared by their bytes with those of each model's training and pretraining."
-        )
+        ),
+        *unit_blocks(units, config.pooling),
     ]
     if seen:
         words = f"{seen:,} of these images are of a model's own lineage: the figures are too good."
         protocol.append(report.Warning(words))
     return _Evidence(
         judged,
-        group,
-        dict(zip(list(runs)[1:], found[1:], strict=True)),
-        {"split": "unseen", "folds": 1, "repeats": 1, "groups": len(set(group))},
+        card.ordered,
+        [groups[r] for r in judged.rows],
+        dict(zip(list(runs)[1:], others, strict=True)),
+        {"split": "unseen", "folds": 1, "repeats": 1, "groups": len(set(groups))} | protocol_of(units, config.pooling),
         len(selection),
         seen,
         [report.Section("Protocol", protocol), data_section(dataset, selection, classes)],
         f"Predictions of {next(iter(runs))} as it is served",
     )
+
+
+def _require_comparable(config: EvaluateConfig, cards: Mapping[str, ModelCard]) -> None:
+    several = next((run for run, card in cards.items() if card.activation == "sigmoid"), None)
+    if config.against and several is not None:
+        raise UsageError(f"{several}: judges label sets, which are not compared; evaluate it without --against")
 
 
 def _card(run: str) -> ModelCard:
@@ -187,7 +226,8 @@ def _check(config: EvaluateConfig, cards: Mapping[str, ModelCard], selection: Se
             raise UsageError(
                 f"{run} and {config.model}: only one of them knows class {other[0]!r}, so they differ in task"
             )
-    strange = sorted(set(selection.column("label")) - set(classes))
+    several, labels = cards[config.model].activation == "sigmoid", selection.column("label")
+    strange = sorted({name for label in labels for name in (label.split("|") if several else [label])} - set(classes))
     if strange:
         raise UsageError(f"{config.data}: the model has no class {strange[0]!r}; its classes: {', '.join(classes)}")
     own, all_seen = own_images(selection), frozenset[str]()
@@ -202,33 +242,69 @@ def _check(config: EvaluateConfig, cards: Mapping[str, ModelCard], selection: Se
     return len(all_seen)
 
 
+class _Said(NamedTuple):
+    """Calibrated probabilities of a model, its classes in the order that is asked for."""
+
+    images: np.ndarray
+    """[N, K], of every row of the selection."""
+    units: np.ndarray
+    """[U, K], by attention, of the units with a label; none of them where another pooling is asked for."""
+
+
 def _probabilities(
-    config: EvaluateConfig, run: str, classes: list[str], dataset: Dataset, selection: Selection
-) -> np.ndarray:
-    """What the model of a RUN says of a selection, [M, K], in the order of `classes`."""
+    config: EvaluateConfig, run: str, classes: list[str], dataset: Dataset, selection: Selection, units: Units
+) -> _Said:
+    """What the model of a RUN says of a selection."""
     model: Model = load_model(run, choose_device(config.device))
-    parts = []
+    width = len(classes)
+    pooler = _pooler(run, _dimension(model), width) if config.pooling == "attention" else None
+    features, parts = [], []
     step = 512
     with progress("evaluate", len(selection), "images") as bar:
         for at in range(0, len(selection), step):
             part = selection.take(np.arange(at, min(at + step, len(selection))))
-            parts.append(model.probabilities(dataset.pixels(part), config.batch_size))
+            features.append(model.embed(dataset.pixels(part), config.batch_size))
+            parts.append(model.classify(features[-1]))
             bar.advance(len(part))
-    return np.concatenate(parts)[:, [model.card.classes.index(name) for name in classes]]
+    order = [model.card.classes.index(name) for name in classes]
+    by_unit = np.empty((0, width))
+    if pooler is not None:
+        raw = pooler.probabilities(np.concatenate(features), units.of_row)[units.judged]
+        by_unit = calibrated(raw, pooler.temperature, several=pooler.several)[:, order]
+    return _Said(np.concatenate(parts)[:, order], by_unit)
+
+
+def _dimension(model: Model) -> int:
+    network: Any = model.network
+    return int(network.num_features)
+
+
+def _pooler(run: str, dimension: int, classes: int) -> pooling.Pooler:
+    file = model_folder(run) / pooling.FILE
+    if not file.is_file():
+        raise UsageError(
+            f"--pooling attention: {run} has none; use --pooling mean, or transfer with --pooling attention"
+        )
+    return pooling.load_pooler(file.read_bytes(), dimension, classes)
 
 
 def _judged(
     config: EvaluateConfig,
+    card: ModelCard,
     classes: list[str],
     truth: np.ndarray,
     probabilities: np.ndarray,
-    group: list[str],
+    *,
+    rows: np.ndarray,
     fold: np.ndarray,
     repeat: np.ndarray,
-    temperature: float,
+    groups: list[str],
 ) -> Judged:
-    found = metrics.summarise(truth, probabilities, group=group, fold=fold, repeat=repeat, seed=config.seed)
-    rows = np.arange(len(truth))
+    """`groups` are those of all rows of the selection that `rows` [M] index."""
+    group = [groups[r] for r in rows]
+    found = summarise(
+        truth, probabilities, group=group, fold=fold, repeat=repeat, seed=config.seed, ordered=card.ordered
+    )
     return Judged(
         classes=classes,
         rows=rows,
@@ -238,8 +314,29 @@ def _judged(
         fold=fold,
         repeat=repeat,
         metrics=dict(found),
-        temperature=temperature,
+        temperature=card.temperature,
     )
+
+
+def _of_units(config: EvaluateConfig, card: ModelCard, judged: Judged, units: Units, groups: list[str]) -> Judged:
+    if units.kind == "image":
+        return judged
+    return of_units(judged, units, groups, config.seed, ordered=card.ordered)
+
+
+def _mean(units: Units, judged: Judged, probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities [M, K] of the rows of `judged`, pooled into those of its units."""
+    if units.kind == "image":
+        return probabilities
+    return pooled(units, judged.rows, judged.truth, probabilities, judged.fold, judged.repeat).probabilities
+
+
+def _write_judged(
+    config: EvaluateConfig, out: OutDir, selection: Selection, by_image: Judged, judged: Judged, units: Units
+) -> None:
+    write_predictions(out.path, selection, by_image)
+    if config.unit != "image":
+        write_units(out.path, selection, judged, units)
 
 
 def _rivals(config: EvaluateConfig, found: _Evidence) -> dict[str, Rival]:
@@ -249,7 +346,7 @@ def _rivals(config: EvaluateConfig, found: _Evidence) -> dict[str, Rival]:
     rows: dict[str, Any] = {"group": found.group, "fold": ours.fold, "repeat": ours.repeat, "seed": config.seed}
     compared = compare(ours.truth, ours.probabilities, found.others, **rows)
     return {
-        name: Rival(metrics.summarise(ours.truth, theirs, **rows), compared[name])
+        name: Rival(summarise(ours.truth, theirs, ordered=found.ordered, **rows), compared[name])
         for name, theirs in found.others.items()
     }
 
@@ -266,7 +363,8 @@ def _write_report(
             name,
             found.judged.metrics,
             rivals,
-            images=found.images,
+            images=len(np.unique(found.judged.rows)),
+            unit=config.unit,
             groups=len(set(found.group)),
             repeats=found.protocol["repeats"],
             figure=figure,

@@ -11,7 +11,9 @@ import numpy as np
 
 from training import figures, report
 from training.compare import Adjusted, Comparison, Difference
-from training.judgement import WORDS, Judged, result_section
+from training.configs import Unit
+from training.judgement import Judged
+from training.results import WORDS, result_section
 
 HEADLINE = "balanced_accuracy"
 """The metric that the sentence on top speaks of."""
@@ -74,14 +76,18 @@ def comparison_section(
     images: int,
     groups: int,
     repeats: int = 1,
+    unit: Unit = "image",
     figure: Path,
 ) -> report.Section:
-    """Model `name`, whose metrics are `own`, against its rivals by name, for a reader who does not program."""
+    """Model `name`, whose metrics are `own`, against its rivals by name, for a reader who does not program.
+
+    `images` counts what was judged once: images, or the units that they were pooled into.
+    """
     said = [verdict(name, other, r.comparison["metrics"][HEADLINE], len(rivals)) for other, r in rivals.items()]
     blocks: list[report.Block] = [report.Text(sentence) for sentence in said]
     blocks.append(
         report.Text(
-            f"All models judged the same {images:,} images of {groups:,} groups (patients, slides)"
+            f"All models judged the same {images:,} {unit}s of {groups:,} groups (patients, slides)"
             + (f", {repeats} times in other folds; figures are means of these. " if repeats > 1 else ". ")
             + f"Balanced accuracy is the {WORDS[HEADLINE]}. Below, differences are {name} less the other model. Their "
             "intervals and p-values come from one bootstrap over groups that all models share, so a group that is hard "
@@ -97,7 +103,7 @@ def comparison_section(
         )
     )
     blocks += [_differences_table(name, own, other, rival, len(rivals)) for other, rival in rivals.items()]
-    blocks.append(_mcnemar_table(name, rivals))
+    blocks.append(_mcnemar_table(name, rivals, unit))
     if any(rival.comparison["delong"] for rival in rivals.values()):
         blocks.append(_delong_table(name, rivals))
     return report.Section("Comparison", blocks)
@@ -151,7 +157,7 @@ def _differences_table(name: str, own: Mapping[str, Any], other: str, rival: Riv
     return report.Table(headers, rows, caption)
 
 
-def _mcnemar_table(name: str, rivals: Mapping[str, Rival]) -> report.Table:
+def _mcnemar_table(name: str, rivals: Mapping[str, Rival], unit: Unit) -> report.Table:
     rows = []
     for other, rival in rivals.items():
         m = rival.comparison["mcnemar"]
@@ -162,8 +168,9 @@ def _mcnemar_table(name: str, rivals: Mapping[str, Rival]) -> report.Table:
     return report.Table(
         [*headers, "p, McNemar"],
         rows,
-        "Images that only one model names right. McNemar's test takes images as independent, which those of one "
-        "patient are not; p by group swaps the models within whole groups, and is the one to report.",
+        f"{unit.capitalize()}s that only one model names right. McNemar's test takes {unit}s as independent, "
+        "which those of one patient are not; p by group swaps the models within whole groups, and is the one to "
+        "report.",
     )
 
 

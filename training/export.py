@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from cluster import storage
 from cluster.errors import RayographError, ResourceError, UsageError
 from cluster.progress import say
-from training.artifact import Model, forward, load_model, model_folder, versions
+from training.artifact import Model, ModelCard, forward, load_model, model_folder, versions
 from training.calibration import FLOOR
 from training.configs import ExportConfig
 from training.images import AUTO_PERCENTILES, REDUCING_GAP
+from training.probabilities import HALF
 from training.tasks.frozen import Frozen
+from training.tasks.label_sets import LabelSets
 from training.transform import Input, to_tensor
 
 OPSET = 18
@@ -139,6 +141,8 @@ def probe_of(estimator: object, classes: int) -> Probe | None:
     Two classes: scikit-learn keeps one row, whose sigmoid is the second class; here rows 0 and that one. A class that
     was absent in training gets the logit -10,000.
     """
+    if isinstance(estimator, LabelSets):
+        return _probe_of_labels(estimator, classes)
     if not (isinstance(estimator, Frozen) and isinstance(estimator.estimator, Pipeline)):
         return None
     steps = [step for _, step in estimator.estimator.steps]
@@ -150,6 +154,24 @@ def probe_of(estimator: object, classes: int) -> Probe | None:
         rows, offsets = np.vstack([np.zeros_like(rows), rows]), np.concatenate([[0.0], offsets])
     weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, ABSENT)
     weight[regression.classes_], bias[regression.classes_] = rows, offsets
+    return Probe(np.asarray(scaler.mean_), np.asarray(scaler.scale_), weight, bias)
+
+
+def _probe_of_labels(sets: LabelSets, classes: int) -> Probe | None:
+    """One row for each label's own linear classifier, all on features standardised alike; an absent label as above."""
+    weight, bias, scaler = None, np.zeros(classes), None
+    for at, estimator in enumerate(sets.estimators):
+        if isinstance(estimator, float):
+            bias[at] = ABSENT if estimator < HALF else -ABSENT
+            continue
+        steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else []
+        if [type(step) for step in steps] != [StandardScaler, LogisticRegression]:
+            return None
+        scaler, regression = steps
+        weight = np.zeros((classes, regression.coef_.shape[1])) if weight is None else weight
+        weight[at], bias[at] = regression.coef_[0], regression.intercept_[0]
+    if weight is None or scaler is None:
+        return None
     return Probe(np.asarray(scaler.mean_), np.asarray(scaler.scale_), weight, bias)
 
 
@@ -165,6 +187,7 @@ def preprocessing(plan: Plan) -> dict[str, Any]:
             "resize": "bicubic, antialiased, clipped to 0..1; only where the stored size differs",
         },
         "classes": list(plan.classes),
+        "activation": plan.model.card.activation,
         "temperature": plan.model.card.temperature,
         "steps": _steps(plan),
         "sha256": plan.model.sha256,
@@ -213,7 +236,7 @@ class Graph(nn.Module):
         self.network = plan.model.network
         self.probe = plan.probe is not None
         self.classifies = bool(plan.classes)
-        self.temperature = plan.model.card.temperature
+        self.card = plan.model.card
         self._keep("mean", np.reshape(plan.input.mean, (1, -1, 1, 1)))
         self._keep("std", np.reshape(plan.input.std, (1, -1, 1, 1)))
         if plan.probe is not None:
@@ -230,8 +253,14 @@ class Graph(nn.Module):
         if self.probe:
             standard = (features - self.probe_mean) / self.probe_scale
             logits = nn.functional.linear(standard, self.probe_weight, self.probe_bias)
-        scores = torch.log_softmax(logits, dim=1).clamp(min=FLOOR)
-        return features, torch.softmax(scores / self.temperature, dim=1)
+        return features, _activated(logits, self.card)
+
+
+def _activated(logits: Tensor, card: ModelCard) -> Tensor:
+    """Calibrated probabilities [B, K] of logits [B, K]; they are floored as `training.calibration` floors them."""
+    if card.activation == "sigmoid":
+        return torch.sigmoid(logits.clamp(FLOOR, -FLOOR) / card.temperature)
+    return torch.softmax(torch.log_softmax(logits, dim=1).clamp(min=FLOOR) / card.temperature, dim=1)
 
 
 def _to_onnx(plan: Plan, folder: Path) -> dict[str, Any]:
@@ -240,7 +269,8 @@ def _to_onnx(plan: Plan, folder: Path) -> dict[str, Any]:
 
     outputs = ["features", "probabilities"] if plan.classes else ["features"]
     proto = _traced(plan, outputs)
-    for key, value in {"classes": "\n".join(plan.classes), "sha256": plan.model.sha256}.items():
+    about = {"classes": "\n".join(plan.classes), "activation": plan.model.card.activation, "sha256": plan.model.sha256}
+    for key, value in about.items():
         proto.metadata_props.add(key=key, value=value)
     file = folder / "model.onnx"
     onnx.save(proto, file)
@@ -348,8 +378,8 @@ def _timm_config(plan: Plan, network: Any) -> dict[str, Any]:
 def _timm_answer(plan: Plan, network: nn.Module, images: np.ndarray) -> list[np.ndarray]:
     with torch.inference_mode():
         features, logits = forward(network, plan.input.normalise(torch.from_numpy(images)))
-        scores = torch.log_softmax(logits, dim=1).clamp(min=FLOOR) / plan.model.card.temperature
-    return [features.numpy(), torch.softmax(scores, dim=1).numpy()]
+        probabilities = _activated(logits, plan.model.card)
+    return [features.numpy(), probabilities.numpy()]
 
 
 # Parity
@@ -463,8 +493,9 @@ with torch.inference_mode():
 """
 
 TIMM_CLASSES = """\
-    logits = model.get_classifier()(features)
-answer = {"probabilities": torch.softmax(logits / how["temperature"], dim=1).numpy()}
+    logits = model.get_classifier()(features) / how["temperature"]
+several = how["activation"] == "sigmoid"
+answer = {"probabilities": (torch.sigmoid(logits) if several else torch.softmax(logits, dim=1)).numpy()}
 """
 
 SHOW_CLASSES = """\
@@ -488,7 +519,8 @@ def _onnx_readme(plan: Plan) -> str:
         f"`model.onnx` (opset {OPSET}) takes `images`, float32 [batch, {plan.input.channels}, {plan.input.height}, "
         f"{plan.input.width}] of values in 0..1; it normalises them itself and gives `features`"
         + (
-            " and calibrated `probabilities` in the order of `classes` in `preprocessing.json`."
+            " and calibrated `probabilities` in the order of `classes` in `preprocessing.json`"
+            + (", of each class by itself." if plan.model.card.activation == "sigmoid" else ".")
             if plan.classes
             else "."
         )

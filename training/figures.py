@@ -53,29 +53,36 @@ def confusion_matrix(counts: ArrayLike, classes: Sequence[str], path: Path) -> N
 
 
 def reliability_diagram(
-    confidence: ArrayLike, accuracy: ArrayLike, counts: ArrayLike, ece: float | None, path: Path
+    confidence: ArrayLike,
+    accuracy: ArrayLike,
+    counts: ArrayLike,
+    ece: float | None,
+    path: Path,
+    axes: tuple[str, str] = ("confidence (largest probability)", "accuracy"),
 ) -> None:
     """Draws accuracy against confidence per bin, [bins] each, over a histogram of the counts; empty bins are left out.
 
-    The arguments are those of `training.metrics.reliability`; bins are of equal width over 0 to 1.
+    The arguments are those of `training.metrics.reliability`; bins are of equal width over 0 to 1. `axes` names what
+    lies across and what upwards.
     """
+    across, upwards = axes
     x, y, n = (np.asarray(a, dtype=np.float64) for a in (confidence, accuracy, counts))
     figure = Figure(figsize=(4.6, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     edges, used = np.linspace(0, 1, len(n) + 1), n > 0
     middles, width = (edges[:-1] + edges[1:]) / 2, edges[1]
-    upper.bar(middles[used], y[used], width, color=COLOURS[5], edgecolor="white", label="accuracy in the bin")
+    upper.bar(middles[used], y[used], width, color=COLOURS[5], edgecolor="white", label=f"{upwards} in the bin")
     upper.plot([0, 1], [0, 1], "--", color="#555555", label="perfectly calibrated")
     upper.plot(x[used], y[used], "o-", color=COLOURS[1], markersize=4, label="at the mean confidence")
-    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    upper.set(ylabel=upwards, xlim=(0, 1), ylim=(0, 1.02))
     if ece is not None:
         upper.set_title(f"expected calibration error {ece:.3f}", fontsize=10)
     upper.legend(fontsize=8)
     lower.bar(middles, n, width, color=COLOURS[0], edgecolor="white")
-    lower.set(xlabel="confidence (largest probability)", ylabel="predictions")
+    lower.set(xlabel=across, ylabel="predictions")
     lower.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    for axes in (upper, lower):
-        _plain(axes)
+    for panel in (upper, lower):
+        _plain(panel)
     _save(figure, path)
 
 

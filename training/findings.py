@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from training import leak_price, report, retrieval, statistics
+from training.calibration import Inner
 from training.dataset import Dataset, Selection
 from training.judgement import Judged
 from training.subgroups import columns_of
@@ -22,7 +23,12 @@ Found = tuple[list[report.Section], dict[str, Any]]
 def statistics_of(
     judged: Judged, selection: Selection, *, by: Sequence[str] = (), prevalence: Sequence[float] = (), seed: int = 0
 ) -> Found:
-    """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions."""
+    """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions.
+
+    None of it of label sets, whose classes are judged one by one already.
+    """
+    if judged.several:
+        return [], {}
     groups, images = selection.column("group"), selection.column("image_id")
     columns = {name: selection.column(name) for name in columns_of(by, selection.table.column_names)}
     found = statistics.Predictions(
@@ -34,7 +40,7 @@ def statistics_of(
         group=[groups[row] for row in judged.rows],
         fold=judged.fold,
         repeat=judged.repeat,
-        inner=judged.inner,
+        inner={key: Inner(one.truth, one.raw) for key, one in judged.inner.items()},
         columns={name: [values[row] for row in judged.rows] for name, values in columns.items()},
     )
     return statistics.sections_for(found, prevalence=prevalence, seed=seed)
@@ -61,7 +67,10 @@ def neighbours_of(
     ]
     sections = [report.Section("Nearest neighbours", blocks)]
     values: dict[str, Any] = {"retrieval": dict(found)}
-    price = leak_price.price(features[rows], truth[rows], [names[row] for row in rows], own, seed=seed)
+    several = truth.ndim == 2
+    price = (
+        None if several else leak_price.price(features[rows], truth[rows], [names[row] for row in rows], own, seed=seed)
+    )
     if price is not None:
         sections.append(report.Section("The price of a leak", [report.Text(price.sentence)]))
         values["leak_price"] = {
@@ -75,7 +84,7 @@ def neighbours_of(
 
 def overlap_with(seen: frozenset[str], dataset: Dataset, selection: Selection, judged: Judged, *, seed: int) -> Found:
     """What of the judged images the first weights have seen; nothing where they have seen none of anything."""
-    if not seen:
+    if not seen or judged.several:
         return [], {}
     groups = selection.column("group")
     blocks, entry = overlap_blocks(

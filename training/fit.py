@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from training.domain import LARGEST, distances_to, sampled_rows
+from training.probabilities import from_logits
 from training.splits import Fold, cross_validation, hold_out
 from training.tasks.finetune import Recipe, fine_tune, predict
-from training.tasks.frozen import ESTIMATORS, INNER_FOLDS, Frozen, inner_probabilities
+from training.tasks.frozen import ESTIMATORS, INNER_FOLDS, Frozen, Inner, inner_probabilities
+from training.tasks.label_sets import LABEL_SET_ESTIMATORS, LabelSets, inner_label_probabilities
+from training.tasks.pooling import Pooler, fit_attention
+from training.units import Units
 
 HELD_FRACTION = 0.15
 """Share of a fold's training groups that only chooses when to stop."""
@@ -20,12 +24,17 @@ FOLD_REFERENCE = 2000
 
 @dataclass(frozen=True)
 class Labels:
-    """The labelled rows of a run: class numbers and names [N], and groups [N]."""
+    """The labelled rows of a run: class numbers [N] or label sets bool [N, K], their names [N], and groups [N]."""
 
     truth: np.ndarray
     names: list[str]
     groups: list[str]
     split: str
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.truth.ndim == 2
 
     def take(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
         return [self.names[r] for r in rows], [self.groups[r] for r in rows]
@@ -70,12 +79,12 @@ def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold
         repeat=fold.repeat,
         fold=fold.fold,
         test=fold.test,
-        probabilities=softmax(logits),
+        probabilities=from_logits(logits, several=labels.several),
         best_epoch=outcome.best_epoch,
         history=outcome.history,
         distances=distances_to(reference, features),
         inner_rows=fold.train[held],
-        inner_probabilities=softmax(held_logits),
+        inner_probabilities=from_logits(held_logits, several=labels.several),
         share=fold.share,
     )
 
@@ -96,13 +105,15 @@ def refit_and_judge(
 ) -> np.ndarray:
     """Probabilities [T, K] of rows `test`, by a network trained on rows `train` as `refit_network` does on all."""
     outcome = fine_tune(recipe, pixels, truth, train, train[:0], "refit", stop_after=epochs)
-    return softmax(predict(outcome.network, outcome.initial.input, pixels[test], "cpu")[1])
+    return from_logits(predict(outcome.network, outcome.initial.input, pixels[test], "cpu")[1], several=False)
 
 
 def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
     """As `finetune_fold`, for a classifier on features [N, D]."""
     inner = _inner(labels, fold.train, seed)
-    fitted = Frozen(ESTIMATORS[task](features[fold.train], labels.truth[fold.train], inner), classes)
+    known, truth = features[fold.train], labels.truth[fold.train]
+    fitted = _fit(task, known, truth, inner, classes)
+    judge_inner: Any = inner_label_probabilities if labels.several else inner_probabilities
     return FoldResult(
         repeat=fold.repeat,
         fold=fold.fold,
@@ -110,19 +121,27 @@ def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, s
         probabilities=fitted.probabilities(features[fold.test]),
         best_epoch=0,
         history=[],
-        distances=distances_to(features[fold.train], features[fold.test]),
+        distances=distances_to(known, features[fold.test]),
         inner_rows=fold.train,
-        inner_probabilities=inner_probabilities(fitted, features[fold.train], labels.truth[fold.train], inner),
+        inner_probabilities=judge_inner(fitted, known, truth, inner),
         share=fold.share,
     )
 
 
-def fit_frozen(task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int) -> Frozen:
+def fit_frozen(
+    task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int
+) -> Frozen | LabelSets:
     """A classifier on the features of `rows`; inner folds keep groups whole."""
-    return Frozen(ESTIMATORS[task](features[rows], labels.truth[rows], _inner(labels, rows, seed)), classes)
+    return _fit(task, features[rows], labels.truth[rows], _inner(labels, rows, seed), classes)
 
 
-def _inner(labels: Labels, rows: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _fit(task: str, features: np.ndarray, truth: np.ndarray, inner: Inner, classes: int) -> Frozen | LabelSets:
+    if truth.ndim == 2:
+        return LabelSets(LABEL_SET_ESTIMATORS[task](features, truth, inner), classes)
+    return Frozen(ESTIMATORS[task](features, truth, inner), classes)
+
+
+def _inner(labels: Labels, rows: np.ndarray, seed: int) -> Inner:
     """Inner folds of `rows`, numbered within them."""
     names, groups = labels.take(rows)
     split: Any = "image" if labels.split == "image" else "group"
@@ -131,14 +150,56 @@ def _inner(labels: Labels, rows: np.ndarray, seed: int) -> list[tuple[np.ndarray
     return [(f.train, f.test) for f in inner]
 
 
+def attention_fold(
+    features: np.ndarray, labels: Labels, units: Units, classes: int, seed: int, fold: Fold
+) -> FoldResult:
+    """Attention over the images of each unit of the fold; its rows stand for units (`units.fold_of_units`).
+
+    Some of the training side's groups only choose when to stop. The result holds one row per unit.
+    """
+    names, groups = labels.take(fold.train)
+    train, held = hold_out(names, groups, fraction=HELD_FRACTION, seed=seed + fold.repeat)
+    sides = [units.of_row[fold.train[side]] for side in (train, held)]
+    truth = labels.truth[units.first]
+    pooler = fit_attention(features, units.of_row, truth, *sides, classes=classes, seed=seed + fold.fold)
+    return FoldResult(
+        repeat=fold.repeat,
+        fold=fold.fold,
+        test=fold.test,
+        probabilities=pooled_by(pooler, features, units, fold.test),
+        best_epoch=pooler.best_epoch,
+        history=[],
+        distances=np.empty(0),
+        inner_rows=fold.train[held],
+        inner_probabilities=pooled_by(pooler, features, units, fold.train[held]),
+        share=fold.share,
+    )
+
+
+def refit_attention(
+    features: np.ndarray, labels: Labels, units: Units, classes: int, seed: int, rows: np.ndarray, epochs: int
+) -> Pooler:
+    """Attention trained for `epochs` on the units that have a label and whose standing row is one of `rows`."""
+    truth, nobody = labels.truth[units.first], np.empty(0, dtype=np.int64)
+    chosen = units.judged[np.isin(units.first[units.judged], rows)]
+    return fit_attention(features, units.of_row, truth, chosen, nobody, classes=classes, seed=seed, epochs=epochs)
+
+
+def pooled_by(pooler: Pooler, features: np.ndarray, units: Units, standing: np.ndarray) -> np.ndarray:
+    """Probabilities [S, K], not calibrated, of the units for which the rows `standing` [S] stand."""
+    place = np.full(len(units), -1)
+    place[units.of_row[standing]] = np.arange(len(standing))
+    unit = place[units.of_row]
+    return pooler.probabilities(features[unit >= 0], unit[unit >= 0])
+
+
 def _inner_folds(names: list[str], groups: list[str], split: str) -> int:
     """As many as the rarest class allows, at most `INNER_FOLDS`."""
-    units = [len({g for n, g in zip(names, groups, strict=True) if n == c}) for c in set(names)]
-    images = [names.count(c) for c in set(names)]
-    return max(2, min(INNER_FOLDS, *(units if split == "group" else images)))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities float64 [N, K]."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+    sets = [set(name.split("|")) for name in names]
+    several = any(len(own) > 1 for own in sets)
+    spread = (True, False) if several else (True,)  # of label sets, also those without a class must be spread
+    rarest = INNER_FOLDS
+    for name in set().union(*sets):
+        sides = [[g for own, g in zip(sets, groups, strict=True) if (name in own) == has] for has in spread]
+        rarest = min(rarest, *(len(set(side)) if split == "group" else len(side) for side in sides if side))
+    return max(2, rarest)

@@ -17,8 +17,10 @@ from training.splits import Fold
 
 FORMAT = 1
 """Raised when what a fit computes or keeps changes: older files are then not read."""
-PROTOCOL = frozenset({"data", "where", "folds", "repeats", "split", "site_column", "test_fraction", "label_fraction"})
-"""Fields of a config that choose rows, which a fit's key holds themselves."""
+PROTOCOL = frozenset(
+    {"data", "where", "folds", "repeats", "split", "site_column", "test_fraction", "label_fraction", "unit", "pooling"}
+)
+"""Fields of a config that choose rows, which a fit's key holds themselves, or what is judged together."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cluster.errors import RayographError
-from training import figures, metrics, report
+from training import figures, metrics, multilabel, report
+from training.dataset import truth_of
 from training.overlap import Overlap
 
 HEADLINE = "balanced_accuracy"
@@ -22,75 +23,79 @@ Gain = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """The rows of a `predictions.parquet`, sorted by repeat and image."""
+    """The rows of a `predictions.parquet` or `units.parquet`, sorted by repeat and image or unit."""
 
     keys: list[tuple[int, str]]
     fold: list[int]
     groups: list[str]
     truth: np.ndarray
-    said: np.ndarray
-    """Class numbers [M] of truth and of the largest probability."""
-    classes: int
+    """Class numbers [M], or label sets bool [M, K]."""
+    probabilities: np.ndarray
+    """[M, K]"""
 
     @classmethod
-    def read(cls, path: Path) -> Predictions:
-        table = pq.read_table(path).sort_by([("repeat", "ascending"), ("image_id", "ascending")])
-        names = table["truth"].to_pylist()
-        classes = sorted(set(names))  # of a cross-validation of labelled rows, every class occurs
+    def read(cls, path: Path, classes: Sequence[str], *, several: bool) -> Predictions:
+        table = pq.read_table(path)
+        name = "unit" if "unit" in table.column_names else "image_id"
+        table = table.sort_by([("repeat", "ascending"), (name, "ascending")])
         probabilities = np.stack([table[name].to_numpy() for name in classes], axis=1)
-        truth = np.searchsorted(np.asarray(classes), np.asarray(names))
-        keys = list(zip(table["repeat"].to_pylist(), table["image_id"].to_pylist(), strict=True))
-        groups = table["group"].to_pylist()
-        return cls(keys, table["fold"].to_pylist(), groups, truth, probabilities.argmax(axis=1), len(classes))
+        truth = truth_of(table["truth"].to_pylist(), classes, several=several)
+        keys = list(zip(table["repeat"].to_pylist(), table[name].to_pylist(), strict=True))
+        return cls(keys, table["fold"].to_pylist(), table["group"].to_pylist(), truth, probabilities)
 
 
-def gain_between(before: Path, after: Path, *, seed: int) -> Gain:
+def gain_between(before: Path, after: Path, classes: Sequence[str], *, several: bool = False, seed: int) -> Gain:
     """Each metric of a confusion matrix after less before, with a paired 95 % interval: `{name: {difference, ci95}}`.
 
-    Both files hold predictions of the same images in the same folds. The interval is the 2.5 to 97.5 percentile of a
-    bootstrap over groups that gives both sides the same resamples; values are, as in `training.metrics`, of each
-    repeat's pooled predictions, averaged over repeats. A single group gives no interval.
+    Both files hold predictions of the same images, or units, in the same folds; `classes` are in their order. With
+    `several` labels per image the metrics are those of `training.multilabel`. The interval is the 2.5 to 97.5
+    percentile of a bootstrap over groups that gives both sides the same resamples; values are, as in
+    `training.metrics`, of each repeat's pooled predictions, averaged over repeats. A single group gives no interval.
 
     Raises:
         RayographError: the two are not of the same images in the same folds.
     """
-    sides = [Predictions.read(path) for path in (before, after)]
+    sides = [Predictions.read(path, classes, several=several) for path in (before, after)]
     first, second = sides
     if (first.keys, first.fold) != (second.keys, second.fold) or not np.array_equal(first.truth, second.truth):
         raise RayographError(f"{after} and {before}: not of the same images in the same folds, so no pairs")
-    names, place = np.unique(first.groups, return_inverse=True)
-    repeat = np.asarray([key[0] for key in first.keys])
-    counts = [_counts(side, place, len(names), repeat) for side in sides]
+    groups = len(set(first.groups))
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    draws = rng.multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
+    values = [_values(side, np.concatenate([np.ones((1, groups)), draws])) for side in sides]
     gains = {}
-    for name, metric in metrics.OF_CONFUSION.items():
-        point, spread = (_difference(metric, counts, w) for w in (np.ones((1, len(names))), draws))
-        defined = spread[~np.isnan(spread)]
-        ends = np.percentile(defined, [2.5, 97.5]).tolist() if len(names) > 1 and len(defined) else [None, None]
-        gains[name] = {"difference": float(point[0]), "ci95": ends}
+    for name, earlier in values[0].items():
+        point, *spread = values[1][name] - earlier
+        defined = np.asarray(spread)[~np.isnan(spread)]
+        ends = np.percentile(defined, [2.5, 97.5]).tolist() if groups > 1 and len(defined) else [None, None]
+        gains[name] = {"difference": float(point), "ci95": ends}
     return gains
 
 
-def _counts(side: Predictions, place: np.ndarray, groups: int, repeat: np.ndarray) -> list[np.ndarray]:
+def _values(side: Predictions, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric [B] under weights [B, G] of the groups by their sorted names."""
+    repeat = np.asarray([key[0] for key in side.keys])
+    if side.truth.ndim == 2:
+        rows: dict[str, Any] = {"group": side.groups, "fold": side.fold, "repeat": repeat}
+        return multilabel.under_weights(side.truth, side.probabilities, weights.T.astype(np.float64), **rows)
+    counts = [np.tensordot(weights, each, axes=1) for each in _counts(side, repeat)]
+    return {
+        name: np.asarray(np.mean([metric(each) for each in counts], axis=0))
+        for name, metric in metrics.OF_CONFUSION.items()
+    }
+
+
+def _counts(side: Predictions, repeat: np.ndarray) -> list[np.ndarray]:
     """Confusions [groups, C, C] of each repeat."""
+    names, place = np.unique(side.groups, return_inverse=True)
+    classes, said = side.probabilities.shape[1], side.probabilities.argmax(axis=1)
     found = []
     for number in np.unique(repeat):
         rows = repeat == number
-        counts = np.zeros((groups, side.classes, side.classes))
-        np.add.at(counts, (place[rows], side.truth[rows], side.said[rows]), 1)
+        counts = np.zeros((len(names), classes, classes))
+        np.add.at(counts, (place[rows], side.truth[rows], said[rows]), 1)
         found.append(counts)
     return found
-
-
-def _difference(
-    metric: Callable[[Any], np.ndarray], counts: Sequence[list[np.ndarray]], weights: np.ndarray
-) -> np.ndarray:
-    """After less before [B] under group weights [B, G]."""
-    before, after = (
-        np.mean([metric(np.tensordot(weights, each, axes=1)) for each in repeats], axis=0) for repeats in counts
-    )
-    return np.asarray(after - before)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from cluster.progress import progress, say
 from cluster.session import cores, session
 from training.artifact import Model, ModelCard, load_model, located_model, read_card
 from training.configs import InferenceConfig
-from training.dataset import ROW_GROUP, Dataset, filter_rows, is_dataset
+from training.dataset import ROW_GROUP, Dataset, filter_rows, is_dataset, label_of
 from training.device import count_workers, device_in, require_room
 from training.images import ImagePath, to_channels
 from training.ingest import read_row
+from training.probabilities import HALF
 from training.sources import Listing, Reader, list_source
 
 BLOCK_ROWS = 256
@@ -96,7 +97,8 @@ class RunModel:
 
 
 def predict(config: InferenceConfig) -> dict[str, Any]:
-    """`config.out` holds a row per image: status, the likeliest class, and a calibrated probability per leaf.
+    """`config.out` holds a row per image: status, the likeliest class (of a multi-label model the labels likelier than
+    not), and a calibrated probability per leaf.
 
     Raises:
         UsageError: the model has no classes, or the source is none.
@@ -223,6 +225,13 @@ def _table(rows: pa.Table, card: ModelCard, values: np.ndarray, reasons: list[st
         flat = pa.array(values.astype(np.float32).ravel())
         vectors = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(bad))
         return pa.table({**known, "embedding": vectors})
-    best = [None if b else card.classes[int(v.argmax())] for b, v in zip(bad, np.nan_to_num(values), strict=True)]
+    best = [None if b else _said(card, v) for b, v in zip(bad, np.nan_to_num(values), strict=True)]
     leaves = {name: pa.array(values[:, at], mask=bad) for at, name in enumerate(card.classes)}
     return pa.table({**known, "truth": rows["label"], "label": pa.array(best, pa.string()), **leaves})
+
+
+def _said(card: ModelCard, probabilities: np.ndarray) -> str:
+    """The likeliest class, or the labels that are likelier than not: `a|b`, empty where none is."""
+    if card.activation == "sigmoid":
+        return label_of(probabilities >= HALF, card.classes)
+    return card.classes[int(probabilities.argmax())]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,6 +59,13 @@ def kappa_quadratic(confusions: ArrayLike) -> Floats:
     return _kappa(m, np.square(index[:, None] - index[None, :]))
 
 
+def mean_level_error(confusions: ArrayLike) -> Floats:
+    """Mean distance, in classes, of the prediction from the truth: classes must be in their order."""
+    m = np.asarray(confusions, dtype=np.float64)
+    index = np.arange(m.shape[-1], dtype=np.float64)
+    return ratio((m * np.abs(index[:, None] - index[None, :])).sum((-2, -1)), m.sum((-2, -1)))
+
+
 def f1_macro(confusions: ArrayLike) -> Floats:
     """Mean F1 of the classes that occur in the truth or among the predictions."""
     m = np.asarray(confusions, dtype=np.float64)
@@ -79,6 +86,8 @@ OF_CONFUSION: dict[str, Callable[[ArrayLike], Floats]] = {
     "f1_macro": f1_macro,
 }
 NAMES = (*OF_CONFUSION, "auroc", "ece")
+ORDINAL = ("mean_level_error",)
+"""What is known beyond `NAMES` where the classes have an order."""
 
 
 # --- Metrics of probabilities --------------------------------------------------------------------------------------
@@ -151,6 +160,7 @@ def summarise(
     repeat: ArrayLike,
     resamples: int = 1000,
     seed: int = 0,
+    ordered: bool = False,
 ) -> dict[str, Metric]:
     """Every metric of out-of-fold predictions, ready for JSON: `{name: {"value", "ci95", "per_fold"}}`.
 
@@ -159,6 +169,7 @@ def summarise(
         probabilities: [M,C], the classes in their order; the prediction is the largest, the first of equals.
         group: [M] names of what must not be split; no empty name (give an ungrouped image its own).
         fold, repeat: [M] indices; all zeros for one pass over a test set.
+        ordered: the classes stand in an order of theirs, so `ORDINAL` is judged too.
 
     `value` pools the out-of-fold predictions of a repeat and averages over repeats; of `auroc` it is the mean over
     folds, then repeats, since scores of different fits do not rank against each other. `per_fold` is in order of
@@ -181,17 +192,29 @@ def summarise(
             ci95=interval(draws[i], point[i], table.groups, unbias=name == "ece"),
             per_fold=[number(values[i]) for values in per_fold],
         )
-        for i, name in enumerate(NAMES)
+        for i, name in enumerate((*NAMES, *(ORDINAL if ordered else ())))
     }
 
 
 class Draws(NamedTuple):
-    """Every metric of one side of a comparison, in the order of `NAMES`; NaN where undefined."""
+    """Every metric of one side of a comparison, in the order of `NAMES`, then `ORDINAL`; NaN where undefined."""
 
     point: Floats
-    """[len(NAMES)]"""
+    """[len(NAMES) + len(ORDINAL)]"""
     resampled: Floats
-    """[len(NAMES), B]; column b of every side is of the same resample of groups."""
+    """[as many, B]; column b of every side is of the same resample of groups."""
+
+
+class _Evaluated(Protocol):
+    """A table of predictions, of one class per row or of label sets, whose metrics take row weights."""
+
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def largest(self) -> int: ...
+
+    def evaluate(self, weights: Floats) -> Floats: ...
 
 
 def paired_draws(
@@ -256,6 +279,11 @@ class _Table:
     repeats: list[list[_Part]]
     groups: int
 
+    @property
+    def largest(self) -> int:
+        """Rows of the largest fold."""
+        return max(len(part.truth) for parts in self.repeats for part in parts)
+
     @classmethod
     def checked(
         cls, truth: ArrayLike, probabilities: ArrayLike, group: ArrayLike, fold: ArrayLike, repeat: ArrayLike
@@ -279,33 +307,34 @@ class _Table:
         return cls(repeats, len(names))
 
     def evaluate(self, weights: Floats) -> Floats:
-        """Values [len(NAMES), B] under group weights [G,B]."""
+        """Values [len(NAMES) + len(ORDINAL), B] under group weights [G,B]."""
         return mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
 
 
 def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
-    """Values [len(NAMES), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
+    """Values [len(NAMES) + len(ORDINAL), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
     confusions = sum((part.confusions(weights) for part in parts[1:]), parts[0].confusions(weights))
     gaps = sum((part.gaps(weights) for part in parts[1:]), parts[0].gaps(weights))
     areas = mean_defined(np.stack([part.auroc(weights) for part in parts]), axis=0)
     errors = ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
-    return np.stack([*(metric(confusions) for metric in OF_CONFUSION.values()), areas, errors])
+    of_confusion = [metric(confusions) for metric in OF_CONFUSION.values()]
+    return np.stack([*of_confusion, areas, errors, mean_level_error(confusions)])
 
 
-def _drawn(tables: Sequence[_Table], resamples: int, seed: int) -> list[Draws]:
+def _drawn(tables: Sequence[_Evaluated], resamples: int, seed: int) -> list[Draws]:
     """Values of tables over the same rows, as they are and resampled."""
-    pieces = [[table.evaluate(w) for table in tables] for w in _resamples(tables[0], resamples, seed)]
-    whole = np.ones((tables[0].groups, 1))
+    groups, rows = tables[0].groups, tables[0].largest
+    pieces = [[table.evaluate(w) for table in tables] for w in _resamples(groups, rows, resamples, seed)]
+    whole = np.ones((groups, 1))
     return [
         Draws(table.evaluate(whole)[:, 0], np.concatenate(drawn, axis=1))
         for table, drawn in zip(tables, zip(*pieces, strict=True), strict=True)
     ]
 
 
-def _resamples(table: _Table, resamples: int, seed: int) -> Iterator[Floats]:
-    """Weights [G,b] of all resamples, in pieces that fit in memory."""
-    rows = max(len(part.truth) for parts in table.repeats for part in parts)
-    yield from group_weights(table.groups, resamples, seed, max(1, CELLS // max(table.groups, rows)))
+def _resamples(groups: int, rows: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """Weights [G,b] of all resamples, in pieces that fit in memory where a fold has at most that many rows."""
+    yield from group_weights(groups, resamples, seed, max(1, CELLS // max(groups, rows)))
 
 
 def _rows_by_value(values: NDArray[np.generic], keep: NDArray[np.bool_]) -> list[Ints]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from training import figures, report
 from training.attention import WORDS
+from training.dataset import label_of
+from training.probabilities import HALF
 
 MISTAKES, HITS = 12, 6
 """Pictures shown at most."""
@@ -27,14 +30,19 @@ def confident_mistakes(
     """Places [<= most] of wrong predictions, in the order of their confidence, the highest first.
 
     Args:
-        truth, rows: [M] class indices, and the row of the data each prediction is of: a row that several repeats
-            judged is taken once.
+        truth, rows: [M] class indices or label sets bool [M, C], and the row of the data each prediction is of: a row
+            that several repeats judged is taken once.
         probabilities: [M, C].
         groups: [M] names.
 
-    Classes take turns, each giving its most confident mistake that is left; at most `PER_GROUP` of one group.
+    Classes take turns, each giving its most confident mistake that is left; at most `PER_GROUP` of one group. Of a
+    label set what counts is the label that is wrong most surely.
     """
-    t, p = np.asarray(truth, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
+    t, p = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
+    if t.ndim == 2:
+        surest, label = _surest_wrong(t, p)
+        order = np.flatnonzero(surest > 0)
+        return _spread(order[np.argsort(-surest[order], kind="stable")], label, groups, np.asarray(rows), most)
     wrong = np.flatnonzero(p.argmax(axis=1) != t)
     order = wrong[np.argsort(-p.max(axis=1)[wrong], kind="stable")]
     return _spread(order, t, groups, np.asarray(rows), most)
@@ -43,11 +51,30 @@ def confident_mistakes(
 def hesitant_hits(
     truth: ArrayLike, probabilities: ArrayLike, groups: Sequence[str], rows: ArrayLike, most: int = HITS
 ) -> np.ndarray:
-    """Places [<= most] of right predictions, the least confident first; chosen as `confident_mistakes` are."""
-    t, p = np.asarray(truth, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
+    """Places [<= most] of right predictions, the least confident first; chosen as `confident_mistakes` are.
+
+    A label set is right as a whole, and as sure as the label that is said least surely.
+    """
+    t, p = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
+    if t.ndim == 2:
+        sureness = _sureness(p)
+        order = np.flatnonzero(((p >= HALF) == t).all(axis=1))
+        order = order[np.argsort(sureness.min(axis=1)[order], kind="stable")]
+        return _spread(order, sureness.argmin(axis=1), groups, np.asarray(rows), most)
     right = np.flatnonzero(p.argmax(axis=1) == t)
     order = right[np.argsort(p.max(axis=1)[right], kind="stable")]
     return _spread(order, t, groups, np.asarray(rows), most)
+
+
+def _sureness(probabilities: np.ndarray) -> np.ndarray:
+    """[M, C] probability of what is said of each label by itself, a half to 1."""
+    return np.asarray(np.maximum(probabilities, 1 - probabilities))
+
+
+def _surest_wrong(truth: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(sureness [M] of the label that is wrong most surely, 0 where none is; that label [M])."""
+    sureness = np.where((probabilities >= HALF) != truth, _sureness(probabilities), 0.0)
+    return sureness.max(axis=1), sureness.argmax(axis=1)
 
 
 def _spread(order: np.ndarray, truth: np.ndarray, groups: Sequence[str], rows: np.ndarray, most: int) -> np.ndarray:
@@ -82,6 +109,7 @@ def mistakes_section(
     pixels: np.ndarray,
     maps: Maps | None,
     method: str,
+    judged: str = "",
 ) -> report.Section:
     """The section "Mistakes"; `folder` holds mistakes.png and hesitant.png where there is something to show.
 
@@ -90,15 +118,18 @@ def mistakes_section(
         pixels: uint8 [N, H, W, C], which `rows` index.
         maps: of the final model; None where it has none.
         method: a key of `training.attention.WORDS`, or "".
+        judged: of what, where the report's figures are of something else, such as "images".
     """
     folder.mkdir(exist_ok=True)
     wrong = confident_mistakes(truth, probabilities, groups, rows)
     unsure = hesitant_hits(truth, probabilities, groups, rows)
-    missed = int((probabilities.argmax(axis=1) != truth).sum())
+    several = truth.ndim == 2
+    missed = int((_surest_wrong(truth, probabilities)[0] > 0 if several else _said(probabilities) != truth).sum())
+    of, what_is_wrong = f" of single {judged}" if judged else "", " in a label at least" if several else ""
     blocks: list[report.Block] = [
         report.Text(
-            f"{missed:,} of {len(truth):,} judgements were wrong. What follows is not a sample of them but the worst: "
-            "those in which the model was most sure of itself, classes in turns and at most "
+            f"{missed:,} of {len(truth):,} judgements{of} were wrong{what_is_wrong}. What follows is not a sample of "
+            "them but the worst: those in which the model was most sure of itself, classes in turns and at most "
             f"{PER_GROUP} pictures of one patient or group. Look for what they share: a class that two readers would "
             "not agree on either, a label that may be wrong, a picture of poor quality, a mark that has nothing to do "
             "with the disease."
@@ -134,27 +165,62 @@ def _gallery(
     pictures: np.ndarray,
     maps: Maps | None,
 ) -> list[report.Block]:
-    said, sure = probabilities[places].argmax(axis=1), probabilities[places].max(axis=1)
-    overlays = None if maps is None else maps(pictures, said)
-    captions, table = [], []
-    for number, (at, name, probability) in enumerate(zip(places, said, sure, strict=True), 1):
-        true, second = classes[truth[at]], int(np.argsort(-probabilities[at])[1])
-        answer = [f"truth: {true}", f"said: {classes[name]}"] if truth[at] != name else [f"truth and said: {true}"]
-        captions.append("\n".join([f"{number}   {probability:.2f}", *answer]))
-        runner_up = f"{classes[second]} ({probabilities[at, second]:.2f})"
-        table.append([str(number), true, classes[name], f"{probability:.2f}", runner_up])
+    several = truth.ndim == 2
+    asked, captions, table = [], [], list[list[report.Cell]]()
+    for number, at in enumerate(places, 1):
+        line = (_label_line if several else _class_line)(classes, truth[at], probabilities[at])
+        asked.append(line.asked)
+        about = f" {line.more[0]}" if several else ""
+        said = f"truth: {line.truth or 'none'}\nsaid: {line.said or 'none'}"
+        captions.append(f"{number}   {line.probability:.2f}{about}\n{said}")
+        table.append([str(number), line.truth, line.said, *line.more])
+    overlays = None if maps is None else maps(pictures, np.asarray(asked))
     figures.overlays(pictures, overlays, captions, path)
     beside = ", each beside its map of where the final model looks" if overlays is not None else ""
+    meant = "of the label named after it" if several else "the model gave to what it said"
     return [
         report.Figure(
             path,
             f"{len(places)} pictures of the data{beside}; the table that follows says what each is and was said to be.",
-            f"{what}{beside}. The number after the picture's own is the probability the model gave to what it said.",
+            f"{what}{beside}. The number after the picture's own is the probability {meant}.",
             contains_data=True,
         ),
         report.Table(
-            ["picture", "truth", "the model said", "probability", "next likeliest"],
+            ["picture", "truth", "the model said", *(LABEL_HEADERS if several else CLASS_HEADERS)],
             table,
             f"{what}, in words",
         ),
     ]
+
+
+CLASS_HEADERS = ("probability", "next likeliest")
+LABEL_HEADERS = ("the label in question", "its probability")
+
+
+class _Line(NamedTuple):
+    """What is told of a picture; `asked` is the class that its map is of."""
+
+    truth: str
+    said: str
+    probability: float
+    asked: int
+    more: tuple[str, ...]
+
+
+def _class_line(classes: Sequence[str], truth: np.ndarray, probabilities: np.ndarray) -> _Line:
+    said, second = (int(place) for place in np.argsort(-probabilities, kind="stable")[:2])
+    sure, runner_up = float(probabilities[said]), f"{classes[second]} ({probabilities[second]:.2f})"
+    return _Line(classes[int(truth)], classes[said], sure, said, (f"{sure:.2f}", runner_up))
+
+
+def _label_line(classes: Sequence[str], truth: np.ndarray, probabilities: np.ndarray) -> _Line:
+    """The label in question is the one that is wrong most surely, or, where none is, the one least sure."""
+    surest, label = _surest_wrong(truth[None], probabilities[None])
+    at = int(label[0]) if surest[0] > 0 else int(_sureness(probabilities).argmin())
+    own = float(probabilities[at])
+    said = label_of(probabilities >= HALF, classes)
+    return _Line(label_of(truth, classes), said, own, at, (classes[at], f"{own:.2f}"))
+
+
+def _said(probabilities: np.ndarray) -> np.ndarray:
+    return np.asarray(probabilities.argmax(axis=1))

@@ -36,6 +36,8 @@ class Trained:
     """Name of the data set, without its place."""
     images: Mapping[str, int]
     """Labelled images per class."""
+    labelled: int
+    """Labelled images: fewer than those of all classes together where an image may have several."""
     groups: int
     protocol: str
     """One or two sentences."""
@@ -88,7 +90,8 @@ def _body(card: ModelCard, trained: Trained) -> str:
         "",
         "**Research use only; not a medical device. Do not base decisions about patients on it.**",
         "",
-        f"A classifier of images into {len(card.classes)} classes, made with Rayograph.",
+        f"A classifier of images into {len(card.classes)} classes"
+        f"{', of which an image may have several' if card.activation == 'sigmoid' else ''}, made with Rayograph.",
     ]
     parts = [title, *(["## " + heading, "", *lines] for heading, lines in _sections(card, trained).items())]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
@@ -98,14 +101,19 @@ def _sections(card: ModelCard, trained: Trained) -> dict[str, list[str]]:
     counts = [[_escaped(name), f"{count:,}"] for name, count in trained.images.items()]
     figures = [[_escaped(name), with_interval(m["value"], m["ci95"])] for name, m in trained.metrics.items()]
     limits = [f"- {_escaped(limit)}" for limit in trained.limits]
+    several = card.activation == "sigmoid"
+    scores = "logits" if several else "logarithms"
+    told = "It always names one of its classes, also for an image that shows none of them."
+    if several:
+        told = "It says of each of its classes by itself whether an image shows it, and knows no others."
     return {
         "Intended use": [
             "Research on images like those it was trained on: same examination, same classes, same preparation.",
-            "It always names one of its classes, also for an image that shows none of them. It was not tested in any",
+            f"{told} It was not tested in any",
             "clinic. Who it is for, and who must not use it: to be filled in by the author.",
         ],
         "Training data": [
-            f"{sum(trained.images.values()):,} labelled images of {trained.groups:,} groups (patients, slides) of the "
+            f"{trained.labelled:,} labelled images of {trained.groups:,} groups (patients, slides) of the "
             f"data set {_escaped(trained.data)}, version `{card.lineage.get('dataset', 'unknown')}`.",
             "",
             *_table(["class", "images"], counts),
@@ -115,7 +123,7 @@ def _sections(card: ModelCard, trained: Trained) -> dict[str, list[str]]:
             "",
             *_table(["metric", "value [95 % interval]"], figures),
             "",
-            f"Calibration: its probabilities are divided by temperature {card.temperature:.3f} (their logarithms are); "
+            f"Calibration: its probabilities are divided by temperature {card.temperature:.3f} (their {scores} are); "
             "`ece` above is how far stated probabilities are from the truth, 0 is best.",
         ],
         "Limits": limits or ["To be filled in by the author."],

@@ -1,9 +1,11 @@
-"""The out-of-fold `predictions.parquet` of RUNs of `transfer`: read back, and brought onto the same rows."""
+"""`predictions.parquet` and `units.parquet`: written, and of RUNs of `transfer` read back and brought onto the same
+rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,45 @@ import yaml
 from cluster import storage
 from cluster.errors import UsageError
 from cluster.outdir import short
+from training.dataset import Selection, label_of
+from training.judgement import Judged
+from training.units import Units
 
-FILE = "predictions.parquet"
+FILE, UNITS = "predictions.parquet", "units.parquet"
 EQUAL = ("data", "where", "split", "folds", "repeats", "seed")
 """Fields of `transfer` that decide which images are judged in which fold."""
+
+
+def write_predictions(folder: Path, selection: Selection, judged: Judged) -> None:
+    """predictions.parquet: image_id, group, case, repeat, fold, truth, one probability per leaf."""
+    _write_judged(folder / FILE, {name: selection.column(name) for name in ("image_id", "group", "case")}, judged)
+
+
+def write_units(folder: Path, selection: Selection, judged: Judged, units: Units) -> None:
+    """units.parquet: unit (its case or group; the image's id where one stands alone), group, images, and the rest of
+    predictions.parquet."""
+    identities = selection.column("image_id")
+    columns = {
+        "unit": [units.names[unit] or identity for unit, identity in zip(units.of_row, identities, strict=True)],
+        "group": selection.column("group"),
+        "images": np.bincount(units.of_row)[units.of_row].tolist(),
+    }
+    _write_judged(folder / UNITS, columns, judged)
+
+
+def _write_judged(path: Path, columns: dict[str, list[Any]], judged: Judged) -> None:
+    table = pa.table(
+        {
+            **{name: [values[r] for r in judged.rows] for name, values in columns.items()},
+            "repeat": judged.repeat,
+            "fold": judged.fold,
+            "truth": [label_of(t, judged.classes) for t in judged.truth],
+            **{name: judged.probabilities[:, at] for at, name in enumerate(judged.classes)},
+        }
+    )
+    partial = path.with_name(f".{path.name}")
+    pq.write_table(table, partial)
+    storage.publish_file(partial, path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +106,8 @@ def read_predictions(run: str) -> Predictions:
     summary = storage.read_json(storage.join(root, "summary.json"))
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(root, FILE))))
     classes = [str(name) for name in summary["classes"]]
-    strange = set(table["truth"].to_pylist()) - set(classes)
-    if strange:
-        raise UsageError(
-            f"{run}: label {min(strange)!r} is no single class; give --data, or RUNs of one label per image"
-        )
+    if summary.get("multi_label"):
+        raise UsageError(f"{run}: judges label sets, which are not compared; give RUNs of one label per image")
     return Predictions(run, table, classes, config, summary["protocol"])
 
 

@@ -290,9 +290,9 @@ def _index(source: str) -> Listing:
 
 
 def _clean_label(text: str) -> str:
-    return "|".join(
-        "/".join(p.strip() for p in part.split("/") if p.strip()) for part in text.split("|") if part.strip()
-    )
+    """Blanks and empty levels away; of several labels each one once, sorted, so that equal sets read alike."""
+    parts = ("/".join(p.strip() for p in part.split("/") if p.strip()) for part in text.split("|"))
+    return "|".join(sorted({part for part in parts if part}))
 
 
 def _csv_columns(source: str) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,11 +42,13 @@ def cross_validation(
 ) -> list[Fold]:
     """All fits of a repeated, stratified, shuffled k-fold cross-validation; each row is tested once per repeat.
 
-    `labels` and `groups` hold one entry per row; an empty group means that the row is its own group. `split="group"`
-    keeps a group on one side (scikit-learn's `StratifiedGroupKFold`), `split="image"` ignores groups and so leaks
-    between images of one patient. Each repeat shuffles with its own seed, derived from `(seed, repeat)`. With
-    `split="group"` and no empty group the folds do not depend on the order of the rows; with `split="image"` only
-    rows of equal group and label can trade places. Every class is in every training side.
+    `labels` and `groups` hold one entry per row, a label set such as `a|b` where a row has several; an empty group
+    means that the row is its own group. `split="group"` keeps a group on one side (scikit-learn's
+    `StratifiedGroupKFold`), `split="image"` ignores groups and so leaks between images of one patient. Each repeat
+    shuffles with its own seed, derived from `(seed, repeat)`. With `split="group"` and no empty group the folds do not
+    depend on the order of the rows; with `split="image"` only rows of equal group and label can trade places. Every
+    class is in every training side, and so are, where rows have several, rows without it; label sets are stratified as
+    `_strata` says.
 
     Raises:
         UsageError: a class has fewer groups (images for `split="image"`) than there are folds, or its groups, tied
@@ -54,10 +57,12 @@ def cross_validation(
     y, g = np.asarray(labels, dtype=str), _own_groups(groups)
     if len(y) != len(g):
         raise ValueError(f"{len(y)} labels but {len(g)} groups: one of each per row")
-    _require_enough(y, g if split == "group" else np.arange(len(y)), folds, "groups" if split == "group" else "images")
+    units, marks = g if split == "group" else np.arange(len(y)), _marks(y)
+    _require_enough(marks, units, folds, "groups" if split == "group" else "images")
+    strata = _strata(y, marks, units, folds)
     result = []
     for repeat in range(repeats):
-        for fold, (train, test) in enumerate(_k_fold(y, g, folds, split, (seed, repeat))):
+        for fold, (train, test) in enumerate(_k_fold(strata, marks, g, folds, split, (seed, repeat))):
             result.append(Fold(repeat, fold, train, test))
             if split == "group":
                 _require_apart(g, train, test)
@@ -73,7 +78,8 @@ def leave_one_site_out(labels: Sequence[str], groups: Sequence[str], sites: Sequ
     Raises:
         UsageError: a row has no site, there is only one, or a class is known at one site alone.
     """
-    y, g, s = np.asarray(labels, dtype=str), _own_groups(groups), np.asarray(sites, dtype=str)
+    marks = _marks(np.asarray(labels, dtype=str))
+    g, s = _own_groups(groups), np.asarray(sites, dtype=str)
     if (s == "").any():
         raise UsageError(
             f"{int((s == '').sum())} of {len(s)} labelled images have no site: fill the column, or --where"
@@ -86,10 +92,10 @@ def leave_one_site_out(labels: Sequence[str], groups: Sequence[str], sites: Sequ
     for fold, site in enumerate(names):
         test = np.flatnonzero(s == site)
         train = np.flatnonzero((s != site) & ~np.isin(g, g[test]))
-        absent = np.setdiff1d(y, y[train])
-        if len(absent):
+        absent = [name for name, rows in marks.items() if not rows[train].any()]
+        if absent:
             raise UsageError(
-                f"class {str(absent[0])!r} is known at site {str(site)!r} alone, so nothing can be trained for it "
+                f"class {absent[0]!r} is known at site {str(site)!r} alone, so nothing can be trained for it "
                 "without that site: merge or drop the class, or use --split group"
             )
         _require_apart(g, train, test)
@@ -103,13 +109,12 @@ def hold_outs(labels: Sequence[str], groups: Sequence[str], *, fraction: float, 
     Raises:
         UsageError: nothing can be held out, or a class ends up on one side alone.
     """
-    y = np.asarray(labels, dtype=str)
-    result = []
+    marks, result = _marks(np.asarray(labels, dtype=str)), []
     for repeat in range(repeats):
         absent = set[str]()
         for state in np.random.SeedSequence((seed, repeat)).generate_state(SHUFFLES):
             train, test = hold_out(labels, groups, fraction=fraction, seed=int(state))
-            absent = {str(c) for side in (train, test) for c in np.setdiff1d(y, y[side])}
+            absent = {name for side in (train, test) for name, rows in marks.items() if not rows[side].any()}
             if not absent:
                 result.append(Fold(repeat, 0, train, test))
                 break
@@ -124,23 +129,26 @@ def hold_outs(labels: Sequence[str], groups: Sequence[str], *, fraction: float, 
 def budget(labels: Sequence[str], groups: Sequence[str], rows: Rows, *, share: float, seed: int) -> Rows:
     """Those of `rows` that are left of a `share` (0 to 1] of their groups, whole groups only.
 
-    `labels` and `groups` are of all rows. Groups are drawn class by class (a group counts for the rarest class it has),
-    at least two of each where there are two. A smaller share of the same rows and seed lies within a larger one.
+    `labels` and `groups` are of all rows. Groups are drawn class by class (a group counts for the rarest class it has,
+    of label sets such as `a|b` also for what they lack), at least two of each where there are two. A smaller share of
+    the same rows and seed lies within a larger one.
     """
     if share >= 1:
         return rows
     y, g = np.asarray(labels, dtype=str)[rows], _own_groups(groups)[rows]
     names, member = np.unique(g, return_inverse=True)
-    pairs = np.unique(np.stack([np.unique(y, return_inverse=True)[1], member]), axis=1)
-    common = np.bincount(pairs[0])  # groups per class
+    owners = [np.unique(member[mark]) for mark in _marks(y).values()]
     rarest = np.full(len(names), -1)
-    for label, group in sorted(pairs.T.tolist(), key=lambda pair: (-common[pair[0]], pair[0])):
-        rarest[group] = label  # the rarest comes last
+    for label in sorted(range(len(owners)), key=lambda label: (-len(owners[label]), label)):
+        rarest[owners[label]] = label  # the rarest comes last
     order = np.random.default_rng(seed).permutation(len(names))
     kept = np.zeros(len(names), dtype=bool)
     for label in np.unique(rarest):
         own = order[rarest[order] == label]
         kept[own[: max(2, round(share * len(own)))]] = True
+    if any("|" in label for label in y):  # a class whose groups all have rarer ones too has none of its own above
+        for own in owners:
+            kept[order[np.isin(order, own)][:2]] = True
     return rows[kept[member]]
 
 
@@ -156,12 +164,12 @@ def hold_out(labels: Sequence[str], groups: Sequence[str], *, fraction: float, s
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction}: must lie between 0 and 1")
-    y, (names, g) = np.asarray(labels, dtype=str), np.unique(_own_groups(groups), return_inverse=True)
+    marks, (names, g) = _marks(np.asarray(labels, dtype=str)), np.unique(_own_groups(groups), return_inverse=True)
     if len(names) < 2:
-        raise UsageError(f"all {len(y)} training images are of one group: add images of other groups to hold some out")
-    classes, c = np.unique(y, return_inverse=True)
-    counts = np.zeros((len(names), len(classes)))
-    np.add.at(counts, (g, c), 1)
+        raise UsageError(
+            f"all {len(labels)} training images are of one group: add images of other groups to hold some out"
+        )
+    counts = np.stack([np.bincount(g, rows, len(names)) for rows in marks.values()], axis=1)
     held_groups = _choose_held(counts / counts.sum(axis=0), fraction, np.random.default_rng(seed))
     held = np.isin(g, held_groups)
     train, held_rows = np.flatnonzero(~held), np.flatnonzero(held)
@@ -169,19 +177,52 @@ def hold_out(labels: Sequence[str], groups: Sequence[str], *, fraction: float, s
     return train, held_rows
 
 
+def _marks(labels: NDArray[np.str_]) -> dict[str, NDArray[np.bool_]]:
+    """Of each class the rows [N] that have it; where rows have several, also those that lack it, as `no CLASS`."""
+    if not any("|" in label for label in labels):
+        return {str(name): labels == name for name in np.unique(labels)}
+    sets = [set(label.split("|")) for label in labels]
+    having = {name: np.asarray([name in own for own in sets]) for name in sorted(set().union(*sets))}
+    return having | {f"no {name}": ~rows for name, rows in having.items() if not rows.all()}
+
+
+def _strata(
+    labels: NDArray[np.str_], marks: dict[str, NDArray[np.bool_]], units: NDArray[np.generic], folds: int
+) -> NDArray[np.str_]:
+    """What is stratified by: the label; of a label set the whole set, or its rarest class where fewer units than folds
+    have that set; nothing at all where every stratum is that rare."""
+    if not any("|" in label for label in labels):
+        return labels
+    common = {name: len(np.unique(units[rows])) for name, rows in marks.items()}
+    strata = {}
+    for label in map(str, np.unique(labels)):
+        rarest = min(label.split("|"), key=lambda name: (common[name], name))
+        strata[label] = label if len(np.unique(units[labels == label])) >= folds else rarest
+    found = np.asarray([strata[str(label)] for label in labels])
+    return found if np.unique(found, return_counts=True)[1].max() >= folds else np.full(len(labels), "")
+
+
 def _k_fold(
-    labels: NDArray[np.str_], groups: NDArray[np.str_], folds: int, split: str, seed: tuple[int, int]
+    strata: NDArray[np.str_],
+    marks: dict[str, NDArray[np.bool_]],
+    groups: NDArray[np.str_],
+    folds: int,
+    split: str,
+    seed: tuple[int, int],
 ) -> list[tuple[Rows, Rows]]:
     """The first of a few shuffles of a k-fold split in which every class is in every training side."""
-    order, absent = np.lexsort((labels, groups)), set[str]()
+    order, absent = np.lexsort((strata, groups)), set[str]()
     for state in np.random.SeedSequence(seed).generate_state(SHUFFLES):
-        if split == "group":
-            grouped = StratifiedGroupKFold(folds, shuffle=True, random_state=int(state))
-            sides = grouped.split(order, labels[order], groups[order])
-        else:
-            sides = StratifiedKFold(folds, shuffle=True, random_state=int(state)).split(order, labels[order])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class")  # of a stratum; classes are counted here
+            if split == "group":
+                grouped = StratifiedGroupKFold(folds, shuffle=True, random_state=int(state))
+                sides = list(grouped.split(order, strata[order], groups[order]))
+            else:
+                plain = StratifiedKFold(folds, shuffle=True, random_state=int(state))
+                sides = list(plain.split(order, strata[order]))
         fits = [(np.sort(order[train]), np.sort(order[test])) for train, test in sides]
-        absent = {str(label) for train, _ in fits for label in np.setdiff1d(labels, labels[train])}
+        absent = {name for train, _ in fits for name, rows in marks.items() if not rows[train].any()}
         if not absent:
             return fits
     raise UsageError(
@@ -210,9 +251,9 @@ def _own_groups(groups: Sequence[str]) -> NDArray[np.str_]:
     return np.asarray([group or f"\x00row {row}" for row, group in enumerate(groups)], dtype=str)
 
 
-def _require_enough(labels: NDArray[np.str_], units: NDArray[np.generic], folds: int, noun: str) -> None:
+def _require_enough(marks: dict[str, NDArray[np.bool_]], units: NDArray[np.generic], folds: int, noun: str) -> None:
     """Every class has at least `folds` distinct `units`."""
-    counts = {str(label): len(np.unique(units[labels == label])) for label in np.unique(labels)}
+    counts = {label: len(np.unique(units[rows])) for label, rows in marks.items()}
     short = {label: n for label, n in counts.items() if n < folds}
     if not short:
         return

@@ -18,7 +18,7 @@ from cluster.errors import UsageError
 from cluster.progress import say
 from cluster.session import cores, session
 from training import choose
-from training.artifact import Model, load_model, model_folder, read_card, run_name
+from training.artifact import Model, ModelCard, load_model, model_folder, read_card, run_name
 from training.configs import InferenceConfig, SuggestConfig
 from training.dataset import Dataset, Selection
 from training.doubt import doubts, neighbour_probabilities
@@ -180,7 +180,7 @@ def _to_label(config: SuggestConfig, model: Model, rows: Rows, features: np.ndar
     known = model.card.head != "none"
     guesses = model.classify(features[chosen]) if known else np.empty((len(chosen), 0))
     found = [
-        _suggestion(int(row), int(size), guess, model.card.classes)
+        _suggestion(int(row), int(size), guess, model.card)
         for row, size, guess in zip(chosen, sizes, guesses, strict=True)
     ]
     if len(found) < config.n:
@@ -191,14 +191,16 @@ def _to_label(config: SuggestConfig, model: Model, rows: Rows, features: np.ndar
     return found, HOW
 
 
-def _suggestion(row: int, size: int, probabilities: np.ndarray, classes: tuple[str, ...]) -> Suggestion:
+def _suggestion(row: int, size: int, probabilities: np.ndarray, card: ModelCard) -> Suggestion:
     """One image to label; without classes nothing is guessed."""
+    classes = card.classes
     reason, alike = f"typical of {size:,} images that look alike", f"one of {size:,} alike"
     if not classes:
         return Suggestion(row, reason, alike, (size,))
     first, second = np.argsort(-probabilities, kind="stable")[:2]
     guesses = (classes[first], float(probabilities[first]), classes[second], float(probabilities[second]))
-    uncertainty = float(choose.uncertainty(probabilities[None])[0])
+    of = choose.label_uncertainty if card.activation == "sigmoid" else choose.uncertainty
+    uncertainty = float(of(probabilities[None])[0])
     shown = f"{alike}\n{_leaf(classes[first])} {guesses[1]:.0%}\n{_leaf(classes[second])} {guesses[3]:.0%}"
     return Suggestion(row, reason, shown, (size, *guesses, uncertainty))
 
@@ -218,7 +220,7 @@ def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.nd
     ]
     also = f" {len(disputed):,} more stand first because copies of them carry different labels." if disputed else ""
     names = rows.labels[rows.labelled]
-    if rows.several:
+    if rows.several or model.card.activation == "sigmoid":
         return disputed, "Images with several labels at once are not judged yet." + also
     if len(set(names)) < 2:
         return disputed, "There are labels of fewer than two classes, so none can look wrong." + also

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from cluster import storage
-from cluster.errors import UsageError, nearest
+from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores, session
@@ -24,24 +22,37 @@ from training.artifact import HEAD, ModelCard, forward, model_folder, save_model
 from training.attention import Looker, looker_of
 from training.budgets import budget_section
 from training.configs import TransferConfig
-from training.dataset import Dataset, Selection, leaves
+from training.dataset import Dataset, Selection
 from training.device import count_workers, device_in, threads_for
 from training.findings import neighbours_of, overlap_with, statistics_of
-from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.fit import (
+    FoldResult,
+    attention_fold,
+    finetune_fold,
+    fit_frozen,
+    frozen_fold,
+    refit_attention,
+    refit_network,
+)
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
 from training.images import to_channels
 from training.ingest import resolve_data
-from training.judgement import Judged, figures_of, judge
+from training.judgement import Judged, judge, of_units
 from training.lineage import labelled_by, own_images, seen_by
 from training.mistakes import mistakes_section
 from training.model_card import README, model_card
 from training.overlap import groups_of
-from training.splits import Fold, budget, cross_validation, hold_outs, leave_one_site_out
+from training.predictions import write_predictions, write_units
+from training.protocol import laid_out, protocol_of
+from training.results import figures_of
+from training.splits import Fold, budget
 from training.subgroups import columns_of
+from training.tasks import pooling
 from training.tasks.finetune import Recipe, recipe_for
 from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.transform import evaluation_view
+from training.units import fold_of_units
 from training.weights import Wanted, initial_weights, located
 
 
@@ -124,19 +135,6 @@ def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
     )
 
 
-def laid_out(config: TransferConfig, selection: Selection) -> tuple[list[str], Labels, list[Fold]]:
-    """Classes, labels and folds of a transfer of these rows.
-
-    Raises:
-        UsageError: the labels do not allow it.
-    """
-    names = selection.column("label")
-    classes = leaves(names)
-    truth = np.asarray([classes.index(name) for name in names])
-    labels = Labels(truth, names, selection.column("group"), config.split)
-    return classes, labels, folds_for(config, names, labels.groups, selection)
-
-
 class _Study:
     """One transfer: its rows, its folds, and what becomes of them."""
 
@@ -145,11 +143,13 @@ class _Study:
     ) -> None:
         self.config, self.dataset, self.selection, self.out, self.chain = config, dataset, selection, out, chain
         columns_of(config.by, selection.table.column_names)  # a name that is none is said before anything is fitted
-        self.classes, self.labels, self.whole = laid_out(config, selection)
+        layout = laid_out(config, selection)
+        self.classes, self.labels, self.units, self.whole = layout.classes, layout.labels, layout.units, layout.folds
         self.share = max(config.label_fraction)
         cut = self._budget
         self.folds = [replace(f, train=cut(f.train, s), share=s) for s in config.label_fraction for f in self.whole]
         self.kept = cut(np.arange(len(self.labels.truth)), self.share)
+        self.pooler: pooling.Pooler | None = None
         self.more: dict[str, Any] = {}
         """Further keys of the summary."""
 
@@ -163,13 +163,13 @@ class _Study:
             results, network, features, estimator = self._frozen(workers)
             best = 0
         self.results = sorted((r for r in results if r.share == self.share), key=lambda r: (r.repeat, r.fold))
-        self.budgets = {
-            s: self._judge([r for r in results if r.share == s]) for s in sorted(self.config.label_fraction)
-        }
+        images = self._judge(results)
+        self.by_image = images[self.share]
+        self.budgets = self._judge_units(images, workers)
         self.judged = self.budgets[self.share]
         self.best_epoch = best
         self.domain = self._domain(features)
-        own = None if estimator is None else estimator.estimator
+        own = None if estimator is None else estimator.estimators if self.labels.several else estimator.estimator
         looker = looker_of(network, self.initial.input, own, len(self.classes))
         facts = self._facts(looker.method)
         self._write_model(network, estimator, facts)
@@ -199,9 +199,29 @@ class _Study:
         own = groups if self.config.split != "image" else [""] * len(groups)
         return budget(names, own, rows, share=share, seed=self.config.seed)
 
-    def _judge(self, results: list[FoldResult]) -> Judged:
-        ordered = sorted(results, key=lambda r: (r.repeat, r.fold))
-        return judge(ordered, self.labels, self.classes, self.config.seed)
+    def _judge(self, results: list[FoldResult]) -> dict[float, Judged]:
+        """The judgement of each share of the labels."""
+        found, ordered = {}, bool(self.config.order)
+        for share in sorted(self.config.label_fraction):
+            own = sorted((r for r in results if r.share == share), key=lambda r: (r.repeat, r.fold))
+            found[share] = judge(own, self.labels, self.classes, self.config.seed, ordered=ordered)
+        return found
+
+    def _judge_units(self, images: dict[float, Judged], workers: int) -> dict[float, Judged]:
+        """The same of the units: pooled from that of the images, or of an attention over their features."""
+        config, groups = self.config, self.labels.groups
+        if config.unit == "image":
+            return images
+        if config.pooling == "mean":
+            ordered = bool(config.order)
+            return {s: of_units(one, self.units, groups, config.seed, ordered=ordered) for s, one in images.items()}
+        folds = [fold_of_units(self.units, fold) for fold in self.folds]
+        shared = (self._features(), self.labels, self.units, len(self.classes), config.seed)
+        fits = self._fits("attention", {"unit_of_image": self.units.of_row.tolist(), "images": self._ids})
+        results = self._each_fold(attention_fold, shared, workers, folds, fits)
+        best = int(np.median([r.best_epoch for r in results if r.share == self.share]))
+        self.pooler = refit_attention(*shared, self.kept, best)
+        return self._judge(results)
 
     def _prepare(self, device: str) -> None:
         """First weights and pixels, for the device that the session offers."""
@@ -228,7 +248,7 @@ class _Study:
 
     def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, int]:
         shared = (self._recipe(workers), self.pixels, self.labels)
-        results = self._each_fold(finetune_fold, shared, workers)
+        results = self._each_fold(finetune_fold, shared, workers, self.folds, self._fits())
         best = int(np.median([r.best_epoch for r in results if r.share == self.share]))
         say(f"refitting on {len(self.kept):,} images for {best} epochs, the median of the folds")
         alone = (self._recipe(1), self.pixels, self.labels, self.kept)
@@ -240,7 +260,8 @@ class _Study:
     def _frozen(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, Any]:
         features = self._features()
         task, count, seed = self.config.task, len(self.classes), self.config.seed
-        results = self._each_fold(frozen_fold, (task, features, self.labels, count, seed), workers)
+        shared = (task, features, self.labels, count, seed)
+        results = self._each_fold(frozen_fold, shared, workers, self.folds, self._fits())
         estimator = fit_frozen(task, features, self.labels, self.kept, count, seed)
         return results, self.initial.network, features[self.kept], estimator
 
@@ -261,13 +282,15 @@ class _Study:
             storage.publish_file(partial, cache)
         return np.asarray(load_file(cache)["features"])
 
-    def _each_fold(self, fit: Any, shared: tuple[Any, ...], workers: int) -> list[FoldResult]:
+    def _each_fold(
+        self, fit: Any, shared: tuple[Any, ...], workers: int, folds: list[Fold], fits: Fits
+    ) -> list[FoldResult]:
         """Results of all folds; those finished before an interruption are read, not computed again."""
-        fits = self._fits()
-        done = [(fold, fits.load(fold)) for fold in self.folds]
+        done = [(fold, fits.load(fold)) for fold in folds]
         found = [result for _, result in done if result is not None]
         missing = {(f.share, f.repeat, f.fold): f for f, result in done if result is None}
-        with progress(self.config.task, len(self.folds), "folds", done=len(found)) as bar:
+        what = self.config.task if fit is not attention_fold else "attention"
+        with progress(what, len(folds), "folds", done=len(found)) as bar:
             each = [(fold,) for fold in missing.values()]
             for result in run_folds(fit, shared, each, workers=workers, gpu=self.device == "cuda"):
                 fits.save(missing[result.share, result.repeat, result.fold], result)
@@ -276,7 +299,7 @@ class _Study:
                 bar.advance(1)
         return found
 
-    def _fits(self) -> Fits:
+    def _fits(self, folder: str = "folds", more: dict[str, Any] | None = None) -> Fits:
         chosen = {k: v for k, v in self.config.identity().items() if k not in PROTOCOL}
         subject = {
             "config": chosen | {"by_group": self.config.split != "image"},
@@ -284,8 +307,13 @@ class _Study:
             "dataset": self.dataset.version,
             "labels": self.labels.names,
             "groups": self.labels.groups,
+            **(more or {}),
         }
-        return Fits(self.out.path / "folds", subject, self.selection.column("image_id"))
+        return Fits(self.out.path / folder, subject, self._ids)
+
+    @property
+    def _ids(self) -> list[str]:
+        return self.selection.column("image_id")
 
     def _domain(self, features: np.ndarray) -> domain.Domain:
         """What the training set looks like, from the features that the final network gives it."""
@@ -306,7 +334,9 @@ class _Study:
             input=self.initial.input,
             head="network" if self.config.task == "finetune" else "estimator",
             classes=tuple(self.classes),
-            temperature=self.judged.temperature,
+            ordered=bool(self.config.order),
+            activation="sigmoid" if self.labels.several else "softmax",
+            temperature=self.by_image.temperature,
             metrics={name: m["value"] for name, m in self.judged.metrics.items()},
             lineage={
                 "verb": "transfer",
@@ -330,10 +360,11 @@ class _Study:
             best_epoch=self.best_epoch,
             shared=len(own_images(self.selection) & seen_by(self.config.init)),
             method=method,
+            units=self.units,
         )
 
     def _mistakes(self, looker: Looker, method: str) -> report.Section:
-        judged = self.judged
+        judged = self.by_image
         return mistakes_section(
             self.out.path / "figures",
             classes=self.classes,
@@ -344,6 +375,7 @@ class _Study:
             pixels=self.pixels,
             maps=looker.maps if method else None,
             method=method,
+            judged="images" if self.config.unit != "image" else "",
         )
 
     def _write_model(self, network: nn.Module, estimator: Any, facts: Facts) -> None:
@@ -351,11 +383,14 @@ class _Study:
         labelled = labelled_by(init) | (own if estimator is None else frozenset())
         files = [(domain.REFERENCE, self.domain.dumps()), (README, model_card(facts.card, trained_of(facts)).encode())]
         files += [(HEAD, estimator.dumps())] if estimator is not None else []
+        files += [(pooling.FILE, self.pooler.dumps(self.judged.temperature))] if self.pooler is not None else []
         folder, seen = self.out.path / "model", own | seen_by(init)
         save_model(folder, facts.card, network, seen=seen, labelled=labelled, files=files)
 
     def _write_predictions(self) -> None:
-        write_predictions(self.out.path / "predictions.parquet", self.selection, self.judged)
+        write_predictions(self.out.path, self.selection, self.by_image)
+        if self.config.unit != "image":
+            write_units(self.out.path, self.selection, self.judged, self.units)
 
     def _budget_summary(self, share: float) -> dict[str, Any]:
         """What a share of the training groups was, per fit on average, and what came of it."""
@@ -374,45 +409,13 @@ class _Study:
                 "folds": len({f.fold for f in self.whole}),
                 "repeats": self.config.repeats,
                 "groups": len(set(self.labels.groups)),
+                **protocol_of(self.units, self.config.pooling),
             },
             "images": len(self.selection),
             "classes": self.classes,
+            "multi_label": self.labels.several,
             "best_epoch": self.best_epoch,
-            "temperature": self.judged.temperature,
+            "temperature": self.by_image.temperature,
             **self.more,
             "metrics": self.judged.metrics | self.more["metrics"],
         }
-
-
-def folds_for(config: TransferConfig, names: list[str], groups: list[str], selection: Selection) -> list[Fold]:
-    """The fits of a config's protocol over labelled rows, with all training groups.
-
-    Raises:
-        UsageError: there is no such column, or the labels do not allow it.
-    """
-    if config.split == "site":
-        column, known = str(config.site_column), selection.table.column_names
-        if column not in known:
-            raise UsageError(f"--site-column {column}: no such column.{nearest(column, known)}")
-        return leave_one_site_out(names, groups, ["" if s is None else str(s) for s in selection.column(column)])
-    if config.split == "holdout":
-        return hold_outs(names, groups, fraction=config.test_fraction, repeats=config.repeats, seed=config.seed)
-    folds, repeats, seed = config.folds, config.repeats, config.seed
-    return cross_validation(names, groups, folds=folds, repeats=repeats, split=config.split, seed=seed)
-
-
-def write_predictions(path: Path, selection: Selection, judged: Judged) -> None:
-    """predictions.parquet: image_id, group, case, repeat, fold, truth, one probability per leaf."""
-    columns: dict[str, Any] = {name: selection.column(name) for name in ("image_id", "group", "case")}
-    table = pa.table(
-        {
-            **{name: [values[r] for r in judged.rows] for name, values in columns.items()},
-            "repeat": judged.repeat,
-            "fold": judged.fold,
-            "truth": [judged.classes[t] for t in judged.truth],
-            **{name: judged.probabilities[:, at] for at, name in enumerate(judged.classes)},
-        }
-    )
-    partial = path.with_name(f".{path.name}")
-    pq.write_table(table, partial)
-    storage.publish_file(partial, path)

@@ -14,9 +14,11 @@ from training.attention import WORDS
 from training.checklist import checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
-from training.judgement import Judged, class_counts, data_section, guessing, result_section
+from training.judgement import Judged, guessing
 from training.limits import Known, limits_of, sites_in
 from training.model_card import Trained, first_weights
+from training.results import class_counts, data_section, result_section, unit_blocks
+from training.units import Units
 
 MOST_CLASSES = 12
 """Classes named in a sentence."""
@@ -57,6 +59,18 @@ class Facts:
     """Judged images that the first weights were pretrained on."""
     method: str = ""
     """How the model's attention is shown: a key of `training.attention.WORDS`, or ""."""
+    units: Units | None = None
+    """What is judged together; None where each image is by itself."""
+
+    @property
+    def unit(self) -> str:
+        """What one judgement is of."""
+        return "image" if self.units is None else self.units.kind
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.judged.several
 
     @property
     def data(self) -> str:
@@ -101,9 +115,10 @@ class Facts:
     @property
     def protocol(self) -> str:
         """How it was judged, in two sentences."""
+        together = "" if self.unit == "image" else f" The images of a {self.unit} are judged together, as one."
         return (
             f"{PROTOCOLS[self.config.split].format(**self.config.as_dict())} Every figure is of images that the model "
-            "judging them was not trained on; intervals come from a bootstrap over groups."
+            f"judging them was not trained on; intervals come from a bootstrap over groups.{together}"
         )
 
 
@@ -111,7 +126,14 @@ def trained_of(facts: Facts) -> Trained:
     """What the model card says of a transfer."""
     images, _ = class_counts(facts.selection, facts.judged.classes)
     return Trained(
-        facts.name, facts.data, images, facts.groups, facts.protocol, facts.judged.metrics, tuple(facts.limits)
+        facts.name,
+        facts.data,
+        images,
+        len(facts.selection),
+        facts.groups,
+        facts.protocol,
+        facts.judged.metrics,
+        tuple(facts.limits),
     )
 
 
@@ -154,11 +176,15 @@ def _asked(facts: Facts) -> list[report.Block]:
         f"{', '.join(names[:-1])} or {names[-1]}" if len(judged.classes) <= MOST_CLASSES else ", ".join(names) + ", …"
     )
     images = "images" if facts.config.split == "image" else "images of patients or slides"
+    shown = "the image alone" if facts.unit == "image" else f"the images of a {facts.unit} alone"
+    question = f"which of {len(judged.classes)} classes {'it shows' if facts.unit == 'image' else 'they show'}"
+    if facts.several:
+        question += ", of which there may be several"
     blocks: list[report.Block] = [
         report.Text(
-            f"Can a model tell from the image alone which of {len(judged.classes)} classes it shows: {listed}? It "
-            f"learnt from {total:,} labelled images of {facts.groups:,} groups (data set {facts.data}) and was asked "
-            f"about {images} that it had not seen. {_answer(judged)}"
+            f"Can a model tell from {shown} {question}: {listed}? It learnt from {total:,} labelled images of "
+            f"{facts.groups:,} groups (data set {facts.data}) and was asked about {images} that it had not seen. "
+            f"{_answer(judged, facts.unit)}"
         )
     ]
     if facts.config.split == "image":
@@ -171,7 +197,7 @@ def _asked(facts: Facts) -> list[report.Block]:
     return blocks
 
 
-def _answer(judged: Judged) -> str:
+def _answer(judged: Judged, unit: str) -> str:
     """The main figure, its interval, and what guessing reaches."""
     metric = judged.metrics["balanced_accuracy"]
     value, (low, high) = metric["value"], metric["ci95"]
@@ -179,9 +205,13 @@ def _answer(judged: Judged) -> str:
     if value is None:
         return "The answer is not defined: no class was judged."
     interval = "" if low is None or high is None else f" (95 % interval {low:.1%} to {high:.1%})"
-    answer = (
-        f"On average over the classes it named {value:.1%} of the images right{interval}; guessing reaches {level:.1%}."
-    )
+    answer = f"On average over the classes it named {value:.1%} of the {unit}s right{interval}"
+    if judged.several:
+        answer = (
+            f"On average over the classes it was right in {value:.1%} of the {unit}s{interval}, those that have the "
+            "class and those that lack it counted alike"
+        )
+    answer += f"; guessing reaches {level:.1%}."
     if interval and low <= level:
         answer += " That cannot be told from guessing."
     return answer
@@ -190,6 +220,7 @@ def _answer(judged: Judged) -> str:
 def _protocol(facts: Facts) -> list[report.Block]:
     blocks: list[report.Block] = [
         report.Text(facts.protocol),
+        *([] if facts.units is None else unit_blocks(facts.units, facts.config.pooling)),
         report.Text(
             f"That is {facts.fits} models, each fitted without the images it is asked about. What had to be chosen on "
             "the way (when to stop, how strongly to regularise, the temperature of the probabilities) was chosen on "
@@ -214,7 +245,7 @@ def _model(facts: Facts) -> list[report.Block]:
             f"{TASKS.get(facts.config.task, facts.config.task)} The network is {network.name} at {network.height} x "
             f"{network.width} pixels; its first weights: {facts.first_weights}. The model kept was fitted "
             f"again on all labelled images{fitted}; its probabilities are divided by temperature "
-            f"{facts.judged.temperature:.2f}, fitted out of fold."
+            f"{card.temperature:.2f}, fitted out of fold."
         ),
         report.Text(
             "rayograph predict and rayograph serve use it as it is. To load "
@@ -293,6 +324,7 @@ def _recipe(config: TransferConfig) -> str:
 
 def _about_results(facts: Facts) -> dict[str, str]:
     judged, values = facts.judged, facts.judged.metrics
+    rule = "A class is said at a probability of a half." if facts.several else "No threshold: the likeliest class wins."
     levels = guessing(judged.truth, len(judged.classes))
     shown = [f"{name} {report.with_interval(m['value'], m['ci95'])}" for name, m in values.items() if name != "ece"]
     folds = [v for v in values["balanced_accuracy"]["per_fold"] if v is not None]
@@ -302,11 +334,11 @@ def _about_results(facts: Facts) -> dict[str, str]:
         "uncertainty": "95 % intervals by bootstrap over groups, 2.5 to 97.5 percentile; fits are held fixed.",
         "results": f"{'; '.join(shown)}.",
         "guessing": f"Guessing reaches a balanced accuracy of {levels['balanced_accuracy']:.3f}.",
-        "calibration": f"Probabilities by temperature scaling ({judged.temperature:.2f} for the final model); expected "
-        f"calibration error {report.with_interval(ece['value'], ece['ci95'])}. No threshold: the likeliest class wins.",
+        "calibration": f"Probabilities by temperature scaling ({facts.card.temperature:.2f} for the final model); "
+        f"expected calibration error {report.with_interval(ece['value'], ece['ci95'])}. {rule}",
         "clusters": f"Balanced accuracy of the folds: {min(folds):.3f} to {max(folds):.3f}." if folds else "",
         "explanation": f"By {WORDS[facts.method]}. Not validated." if facts.method else "",
-        "failures": "See Mistakes and the confusion matrix.",
+        "failures": f"See Mistakes and the {'table of labels' if facts.several else 'confusion matrix'}.",
         "internal": f"{facts.protocol}",
         "external": "",
         "limits": " ".join(facts.limits),

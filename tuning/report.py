@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.settings import dump_yaml
 from training import figures, report
-from training.judgement import WORDS
+from training.results import WORDS
 from tuning.configs import FIXED, TuneConfig
 from tuning.ledger import Record, by_rank
 from tuning.spaces import Range, Space

@@ -300,8 +300,11 @@ function showAnswer(answer) {
       known ? "Likeliest: " : "Forced to choose among the classes it knows, the model says: ",
       element("strong", { text: `${pathOf(best.label)}, ${percent(best.probability)}` }),
     ]),
-    tree(answer.tree.children, best.label, "tree"),
-    element("p", { className: "explained", text: `${explanation(known)}${typicality(answer.in_domain)}` }),
+    tree(answer.tree.children, best.label, answer.several, "tree"),
+    element("p", {
+      className: "explained",
+      text: `${explanation(known)}${answer.several ? SEVERAL : ""}${typicality(answer.in_domain)}`,
+    }),
   );
   const result = `likeliest class ${leaf(best.label)}, ${spoken(best.probability)}`;
   state.done = known ? `Done: ${result}.` : `Done, but nothing like this was in training: ${result}.`;
@@ -321,6 +324,10 @@ function explanation(known) {
         "are of that class. They can be wrong for this one."
     : "These figures were calibrated on other kinds of pictures and mean little for this one.";
 }
+
+const SEVERAL =
+  " Each class is judged by itself, as a picture may be of several: the bars have no sum, and a group of classes " +
+  "has the bar of its likeliest.";
 
 function typicality(domain) {
   if (typeof domain?.typicality !== "number") return "";
@@ -342,15 +349,15 @@ function showDomain(domain) {
   }
 }
 
-function tree(children, best, className) {
+function tree(children, best, several, className) {
   const sorted = [...children].sort((a, b) => b.probability - a.probability);
-  const items = sorted.map((node) => branch(node, best));
+  const items = sorted.map((node) => branch(node, best, several));
   const list = element("ul", className ? { className } : {}, items.slice(0, SIBLINGS_SHOWN));
-  if (items.length > SIBLINGS_SHOWN) list.append(rest(sorted.slice(SIBLINGS_SHOWN), items.slice(SIBLINGS_SHOWN)));
+  if (items.length > SIBLINGS_SHOWN) list.append(rest(sorted.slice(SIBLINGS_SHOWN), items.slice(SIBLINGS_SHOWN), several));
   return list;
 }
 
-function branch(node, best) {
+function branch(node, best, several) {
   const share = Math.min(1, Math.max(0, Number(node.probability)));
   const fill = element("span", { className: "fill" });
   fill.style.width = `${100 * share}%`;
@@ -360,13 +367,14 @@ function branch(node, best) {
     element("span", { className: "percent", text: percent(share) }),
   ]);
   const item = element("li", node.label === best ? { className: "top" } : {}, [row]);
-  if (node.children?.length) item.append(tree(node.children, best));
+  if (node.children?.length) item.append(tree(node.children, best, several));
   return item;
 }
 
-function rest(nodes, items) {
+function rest(nodes, items, several) {
   const share = nodes.reduce((sum, node) => sum + node.probability, 0);
-  const summary = element("summary", { text: `${nodes.length} more, together ${percent(share)}` });
+  const said = several ? `each at most ${percent(nodes[0].probability)}` : `together ${percent(share)}`;
+  const summary = element("summary", { text: `${nodes.length} more, ${said}` });
   return element("li", {}, [element("details", {}, [summary, element("ul", {}, items)])]);
 }
 

@@ -44,7 +44,7 @@ def test_classify_answers_leaves_tree_domain_and_model(send: Callable[..., Reply
     reply = send("/v1/classify", PNG)
     assert reply.status == 200, reply.body
     answer = reply.json()
-    assert set(answer) == {"classes", "tree", "in_domain", "model"}
+    assert set(answer) == {"classes", "several", "tree", "in_domain", "model"} and answer["several"] is False
     assert answer["model"] == {"name": "run", "sha256": SHA}
     assert {c["label"] for c in answer["classes"]} == set(CLASSES)
     assert all(set(c) == {"label", "probability"} for c in answer["classes"])
@@ -54,6 +54,24 @@ def test_classify_answers_leaves_tree_domain_and_model(send: Callable[..., Reply
     _check_sums(answer["tree"], by_label)
     assert answer["tree"]["label"] == "" and answer["tree"]["probability"] == pytest.approx(1)
     assert set(answer["in_domain"]) == {"answer", "typicality", "distance", "limit", "message"}
+
+
+def test_of_several_labels_each_has_its_own_probability_and_a_branch_that_of_its_likeliest() -> None:
+    answer = asked("/v1/classify", changes={"several": True}).json()
+    assert answer["several"] is True
+    shares = [c["probability"] for c in answer["classes"]]
+    assert answer["tree"]["probability"] == max(shares) < sum(shares)
+    by_label = {c["label"]: c["probability"] for c in answer["classes"]}
+
+    def check(node: dict[str, Any]) -> None:
+        below = [
+            p for label, p in by_label.items() if f"{label}/".startswith(f"{node['label']}/" if node["label"] else "")
+        ]
+        assert node["probability"] == max(below)
+        for child in node["children"]:
+            check(child)
+
+    check(answer["tree"])
 
 
 def _check_sums(node: dict[str, Any], leaves: dict[str, float]) -> None:

@@ -89,10 +89,13 @@ def model(**changes: Any) -> Answer:
     return Answer({"model": described, "index": index, "limits": limits} | changes)
 
 
-def classified(answer: bool | None = True, classes: dict[str, float] = CLASSES, **options: Any) -> Answer:
+def classified(
+    answer: bool | None = True, classes: dict[str, float] = CLASSES, several: bool = False, **options: Any
+) -> Answer:
     message = {True: "", False: "Farther from the training set than 99 of 100 known pictures.", None: ""}[answer]
     body = {
         "classes": [{"label": k, "probability": v} for k, v in sorted(classes.items(), key=lambda item: -item[1])],
+        "several": several,
         "tree": tree(classes),
         "in_domain": {"answer": answer, "typicality": 0.42, "distance": 0.12, "limit": 0.01, "message": message},
         "model": {"name": "cervix-run", "sha256": "ab" * 32},
@@ -606,6 +609,20 @@ def test_many_classes_fold_away_behind_the_likeliest(page: Page, stub: Stub) -> 
     choose(visit(page, stub))
     expect(page.locator("#answer summary")).to_have_text("18 more, together <1%")
     expect(page.get_by_text("class 29", exact=True).first).to_be_hidden()
+
+
+def test_of_several_labels_the_page_says_that_each_is_judged_by_itself_and_adds_nothing_up(
+    page: Page, stub: Stub
+) -> None:
+    stub.answers["/v1/classify"] = [
+        classified(classes={f"class_{at}": 0.9 - 0.02 * at for at in range(30)}, several=True)
+    ]
+    choose(visit(page, stub))
+    expect(page.locator("#answer summary")).to_have_text("18 more, each at most 66%")
+    expect(page.locator("#answer .explained")).to_contain_text("Each class is judged by itself")
+    stub.answers["/v1/classify"] = [classified()]
+    choose(visit(page, stub))
+    expect(page.locator("#answer .explained")).not_to_contain_text("judged by itself")
 
 
 def test_motion_stops_where_it_is_unwanted_and_print_leaves_the_form_out(page: Page, stub: Stub) -> None:

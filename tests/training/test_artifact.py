@@ -101,6 +101,29 @@ def test_a_classifier_s_probabilities_are_the_softmax_at_its_temperature(
 
 
 @every_architecture
+def test_of_several_labels_each_probability_is_a_sigmoid_at_the_temperature(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    network: Any = network_of(architecture, 3)
+    described = card(architecture, head="network", classes=("a", "b", "c"), temperature=2.5, activation="sigmoid")
+    save_model(tmp_path / "model", described, network)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        logits = network(evaluation_view(pixels(), described.input)).double()
+    assert np.allclose(model.probabilities(pixels()), torch.sigmoid(logits / 2.5), atol=1e-6)
+
+
+def test_a_model_from_before_activations_has_one_class_per_image(tmp_path: Path) -> None:
+    run = saved(tmp_path)
+    file = run / "model" / "model.json"
+    values = json.loads(file.read_text())
+    assert values.pop("activation") == "softmax" and values.pop("ordered") is False
+    file.write_text(json.dumps(values))
+    assert (read_card(run)[0].activation, read_card(run)[0].ordered) == ("softmax", False)
+    assert "model.json is damaged (activation 'tanh')" in refused(edited(run, activation="tanh"))
+
+
+@every_architecture
 def test_forward_gives_timm_s_own_features_and_logits(architecture: Architecture) -> None:
     network: Any = network_of(architecture, 4)
     images = evaluation_view(pixels(), card(architecture).input)
@@ -116,6 +139,8 @@ def test_the_whole_card_survives(tmp_path: Path) -> None:
         VIT,
         head="network",
         classes=("é", "b/c"),
+        ordered=True,
+        activation="sigmoid",
         temperature=1.5,
         metrics={"auroc": 0.5},
         lineage={"a": [1, {"b": None}]},

@@ -15,7 +15,18 @@ from cluster.errors import DataError, UsageError
 from tests.hostile import encoded
 from tests.s3 import Store
 from training.configs import IngestConfig
-from training.dataset import FORMAT, RESERVED, ROW_GROUP, Dataset, Selection, filter_rows, leaves
+from training.dataset import (
+    FORMAT,
+    RESERVED,
+    ROW_GROUP,
+    Dataset,
+    Selection,
+    filter_rows,
+    label_of,
+    leaves,
+    several_labels,
+    truth_of,
+)
 from training.images import ImagePath, to_channels
 from training.ingest import PART_ROWS, PartWriter, _write, resolve_data
 from training.sources import list_source
@@ -219,7 +230,7 @@ def test_leaves_are_the_sorted_labels() -> None:
 @pytest.mark.parametrize(
     ("labels", "part"),
     [
-        (["a|b", "a"], "names several classes"),
+        (["a|b", "a"], "'a|b' names several classes, but one for each image"),
         (["a", "a"], "at least two classes; found a"),
         ([], "at least two classes; found none"),
         (["a", "a/b"], "class 'a' is also the parent of 'a/b'"),
@@ -230,6 +241,54 @@ def test_leaves_are_the_sorted_labels() -> None:
 def test_labels_that_make_no_task_are_refused(labels: list[str], part: str) -> None:
     with pytest.raises(UsageError, match=part.replace("|", r"\|")):
         leaves(labels)
+
+
+def test_classes_stand_in_the_order_that_was_asked_for() -> None:
+    assert leaves(["npdr", "healthy", "pdr"], ["healthy", "npdr", "pdr"]) == ["healthy", "npdr", "pdr"]
+    assert leaves(["npdr", "healthy", "pdr"], ["pdr", "healthy", "npdr"]) == ["pdr", "healthy", "npdr"]
+
+
+@pytest.mark.parametrize(
+    ("order", "part"),
+    [
+        (["healthy", "pdr"], "--order healthy pdr: lacks npdr; give every class"),
+        (["healthy", "npdr", "pdr", "moon"], "names moon, no class; give every class"),
+        (["healthy", "ndpr", "pdr"], "lacks npdr and names ndpr, no class"),
+    ],
+)
+def test_an_order_of_other_classes_says_what_is_missing_or_too_much(order: list[str], part: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        leaves(["npdr", "healthy", "pdr"], order)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_label_sets_are_of_the_union_of_their_classes() -> None:
+    labels = ["b/x|a", "a", "b/y"]
+    classes = leaves(labels, several=True)
+    assert classes == ["a", "b/x", "b/y"]
+    truth = truth_of(labels, classes, several=True)
+    assert truth.tolist() == [[True, True, False], [True, False, False], [False, False, True]]
+    assert [label_of(own, classes) for own in truth] == ["a|b/x", "a", "b/y"]
+    assert label_of(np.zeros(3, bool), classes) == ""
+    assert several_labels(labels) and not several_labels(["a", "b"])
+
+
+def test_class_numbers_are_places_among_the_classes() -> None:
+    truth = truth_of(["b", "a", "b"], ["b", "a"], several=False)
+    assert truth.tolist() == [0, 1, 0] and [label_of(t, ["b", "a"]) for t in truth] == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "part"),
+    [
+        (["a|b", "a|c"], "class 'a' is on every labelled image"),
+        (["a|a/b", "c"], "class 'a' is also the parent of 'a/b'"),
+        (["a|fold", "b"], "rename the class"),
+    ],
+)
+def test_label_sets_that_make_no_task_are_refused(labels: list[str], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        leaves(labels, several=True)
 
 
 def test_an_empty_selection_has_no_row_groups() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from training.encoder import Architecture, seed_weights
 from training.export import Probe, export, probe_of
 from training.images import ImagePath, decode
 from training.tasks.frozen import ESTIMATORS, Frozen
+from training.tasks.label_sets import LABEL_SET_ESTIMATORS, LabelSets
 from training.transform import Input, evaluation_view
 
 pytestmark = pytest.mark.slow
@@ -309,3 +311,44 @@ def test_the_command_line_exports_and_is_done_the_second_time(
     assert "already done" in capfd.readouterr().out
     assert main([*command[:4], "coreml", *command[5:]]) == 2
     assert main(["export", "--model", str(tmp_path), "--to", "onnx", "--out", str(tmp_path / "other")]) == 2
+
+
+# Several labels
+
+
+@pytest.mark.parametrize("to", ["onnx", "timm"])
+@pytest.mark.parametrize("kind", ["network", "linear"])
+def test_of_several_labels_each_probability_is_its_own(to: str, kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    described = card(CONV, head="network", classes=NAMES, temperature=1.7, activation="sigmoid")
+    if kind == "network":
+        save_model(run / "model", described, network_of(CONV, 3))
+    else:
+        network = network_of(CONV)
+        rng = np.random.default_rng(0)
+        truth = np.column_stack([rng.random((60, 2)) < 0.4, np.zeros(60, bool)])  # the third was absent
+        features = rng.normal(size=(60, network.head_hidden_size)) + truth[:, :1]
+        half = np.arange(60) < 30
+        folds = [(np.flatnonzero(half), np.flatnonzero(~half)), (np.flatnonzero(~half), np.flatnonzero(half))]
+        head = LabelSets(LABEL_SET_ESTIMATORS["linear"](features, truth, folds), 3)
+        described = replace(described, head="estimator")
+        save_model(run / "model", described, network, files=[("head.skops", head.dumps())])
+    assert exported(str(run), tmp_path / "out", to)["max_abs_difference"] <= 1e-4
+    shown = pixels(CONV, 4)
+    expected = load_model(run).probabilities(shown)
+    assert not np.allclose(expected.sum(axis=1), 1)
+    assert json.loads((tmp_path / "out" / "preprocessing.json").read_text())["activation"] == "sigmoid"
+    if to == "onnx":
+        assert np.abs(run_onnx(tmp_path / "out", shown)[1] - expected).max() < 1e-4
+        return
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 40), dtype=np.uint8)).save(picture)
+    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    done = subprocess.run(
+        [sys.executable, "-c", snippet[1], str(picture)],
+        cwd=tmp_path / "out", capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    said = {line.split(" ", 1)[1]: float(line.split(" ", 1)[0]) for line in done.stdout.splitlines()}
+    ours = load_model(run).probabilities(decode(picture.read_bytes(), ImagePath(40, 40))[None])[0]
+    assert [said[name] for name in NAMES] == pytest.approx(ours.tolist(), abs=2e-4)

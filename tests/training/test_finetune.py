@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 
+from tests.findings import findings
+from tests.findings import labels_of as labels_of_sets
 from training.encoder import layer_of
 from training.fit import Labels, finetune_fold, refit_network
 from training.splits import Fold
 from training.tasks.finetune import (
     Outcome,
     Recipe,
-    class_weights,
     fine_tune,
     layer_groups,
     predict,
     with_classifier,
 )
+from training.tasks.objective import class_weights, label_weights, objective_for
 from training.transform import Augmentation
 from training.weights import Wanted, initial_weights
 
@@ -277,3 +280,50 @@ def test_refitting_uses_every_row_and_gives_the_network_s_arrays() -> None:
     assert all(np.array_equal(state[name], tensor.numpy()) for name, tensor in weights_of(expected).items())
     reference, _ = predict(expected.network, expected.initial.input, pixels, "cpu")
     assert np.allclose(features, reference, atol=1e-6)
+
+
+# Several labels
+
+
+def test_label_weights_are_those_without_over_those_with_and_bounded() -> None:
+    truth = np.zeros((1000, 4), dtype=bool)
+    truth[:250, 0], truth[:1, 1], truth[:999, 2] = True, True, True
+    assert label_weights(truth).tolist() == pytest.approx([3, 20, 1 / 20, 20])
+
+
+def test_the_loss_of_label_sets_is_the_mean_weighted_entropy_of_each_decision() -> None:
+    rng = np.random.default_rng(0)
+    truth, logits = rng.random((40, 3)) < 0.3, rng.normal(size=(40, 3)).astype(np.float32)
+    found = float(objective_for(truth, 3, 0.1)(torch.from_numpy(logits), truth))
+    weight = label_weights(truth).numpy()
+    p, soft = 1 / (1 + np.exp(-logits.astype(np.float64))), truth * 0.9 + 0.05
+    by_hand = -(weight * soft * np.log(p) + (1 - soft) * np.log(1 - p)).mean()
+    assert found == pytest.approx(by_hand, rel=1e-5)
+    plain = -(weight * truth * np.log(p) + ~truth * np.log(1 - p)).mean()
+    assert float(objective_for(truth, 3, 0.1).plain()(torch.from_numpy(logits), truth)) == pytest.approx(
+        plain, rel=1e-5
+    )
+
+
+def test_the_loss_of_one_class_is_torch_s_own_to_the_bit() -> None:
+    truth, logits = np.arange(20) % 3, torch.from_numpy(np.random.default_rng(0).normal(size=(20, 3)))
+    expected = F.cross_entropy(
+        logits.float(), torch.from_numpy(truth), weight=class_weights(truth, 3), label_smoothing=0.1
+    )
+    assert torch.equal(objective_for(truth, 3, 0.1)(logits, truth), expected)
+
+
+@pytest.mark.slow
+def test_two_findings_in_one_picture_are_both_learnt() -> None:
+    pixels, sets = findings(480)
+    names, rows = labels_of_sets(sets), np.arange(480)
+    groups = [f"patient {at // 4}" for at in range(480)]
+    chosen = recipe(wanted=wanted(image_size="32"), classes=3, epochs=14, batch_size=32, lr=4e-3)
+    fold = Fold(0, 0, rows[:320], rows[320:])
+    result = finetune_fold(chosen, pixels, Labels(sets, names, groups, "group"), fold)
+    found, truth = result.probabilities, sets[320:]
+    assert found.shape == (160, 3) and not np.allclose(found.sum(axis=1), 1)
+    for at in (1, 2):
+        assert roc_auc_score(truth[:, at], found[:, at]) > 0.85
+    both = truth[:, 1] & truth[:, 2]
+    assert ((found[both][:, 1:] >= 0.5).all(axis=1)).mean() > 0.5  # one class per picture could not say it

@@ -44,7 +44,7 @@ def by_hand(path: Path) -> list[dict[str, Any]]:
 def test_gains_are_differences_of_scikit_learn_s_figures_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
     before = predictions(tmp_path / "before.parquet", 0.5, 1, shuffle=3)
     after = predictions(tmp_path / "after.parquet", 0.8, 2)
-    found = gain_between(before, after, seed=0)
+    found = gain_between(before, after, CLASSES, seed=0)
     for name, score in (("balanced_accuracy", balanced_accuracy_score), ("kappa", cohen_kappa_score)):
         values = []
         for rows in (by_hand(before), by_hand(after)):
@@ -77,12 +77,14 @@ def test_the_interval_is_that_of_a_bootstrap_over_groups_with_the_same_draws_on_
             )
         differences.append(scores[1] - scores[0])
     expected = np.percentile(differences, [2.5, 97.5])
-    np.testing.assert_allclose(gain_between(before, after, seed=5)["balanced_accuracy"]["ci95"], expected, atol=1e-12)
+    np.testing.assert_allclose(
+        gain_between(before, after, CLASSES, seed=5)["balanced_accuracy"]["ci95"], expected, atol=1e-12
+    )
 
 
 def test_a_run_gains_exactly_nothing_over_itself(tmp_path: Path) -> None:
     same = predictions(tmp_path / "same.parquet", 0.6, 1)
-    assert all(g == {"difference": 0.0, "ci95": [0.0, 0.0]} for g in gain_between(same, same, seed=0).values())
+    assert all(g == {"difference": 0.0, "ci95": [0.0, 0.0]} for g in gain_between(same, same, CLASSES, seed=0).values())
 
 
 def test_runs_of_other_images_are_no_pair(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_runs_of_other_images_are_no_pair(tmp_path: Path) -> None:
     for changes in ({"images": 89}, {"repeats": 1}):
         other = predictions(tmp_path / "other.parquet", 0.6, 1, **changes)
         with pytest.raises(RayographError, match="not of the same images in the same folds"):
-            gain_between(one, other, seed=0)
+            gain_between(one, other, CLASSES, seed=0)
 
 
 def point(name: str, value: float, gain: tuple[float, float, float] | None, **more: Any) -> Point:

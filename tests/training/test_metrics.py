@@ -124,6 +124,38 @@ def test_auroc_with_weights_is_auroc_with_rows_repeated() -> None:
         assert value == pytest.approx(by_hand_auroc(truth[rows], p[rows]))
 
 
+def test_ordered_classes_have_the_mean_level_error_with_its_interval_and_nothing_else_changes() -> None:
+    data = predictions(3, classes=4, groups=40)
+    plain, ordered = summarise(**data, resamples=50), summarise(**data, resamples=50, ordered=True)
+    assert list(ordered) == [*NAMES, "mean_level_error"]
+    assert {name: ordered[name] for name in NAMES} == plain
+    off = np.abs(data["probabilities"].argmax(1) - data["truth"])
+    expected = np.mean([off[data["repeat"] == r].mean() for r in (0, 1)])
+    found = ordered["mean_level_error"]
+    assert found["value"] == pytest.approx(expected, abs=1e-12)
+    assert found["per_fold"][3] == pytest.approx(off[(data["repeat"] == 0) & (data["fold"] == 3)].mean())
+    low, high = found["ci95"]
+    assert low is not None and high is not None and low < expected < high
+
+
+def test_quadratic_kappa_follows_the_order_of_the_classes() -> None:
+    """Neighbours are mixed up here: far apart in another order, so the same predictions agree less."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 4, 200)
+    said = np.clip(truth + rng.integers(-1, 2, 200), 0, 3)
+    found = {}
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+        place = np.argsort(order)
+        zeros = np.zeros(200, int)
+        result = summarise(place[truth], np.eye(4)[place[said]], group=np.arange(200), fold=zeros, repeat=zeros,
+                           resamples=2, ordered=True)  # fmt: skip
+        expected = sk.cohen_kappa_score(place[truth], place[said], weights="quadratic")
+        assert result["kappa_quadratic"]["value"] == pytest.approx(expected)
+        found[tuple(order)] = (expected, result["mean_level_error"]["value"])
+    (near, off), (far, further) = found.values()
+    assert near > far and off is not None and further is not None and off < further
+
+
 def test_kappa_of_a_textbook_table_is_four_tenths() -> None:
     """20 + 15 of 50 agree, 25 would by chance: (0.7 - 0.5) / (1 - 0.5) = 0.4."""
     truth, predicted = [1] * 25 + [0] * 25, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15

@@ -24,6 +24,59 @@ def labelled_groups(draw: st.DrawFn) -> Labelled:
     return [label for label, _ in rows], [f"g{group}" for _, group in rows]
 
 
+@st.composite
+def grouped_label_sets(draw: st.DrawFn) -> Labelled:
+    """Label sets and groups of rows; some sets are rare, some groups hold several."""
+    sets = st.sets(st.sampled_from("abcd"), min_size=1, max_size=3).map(lambda own: "|".join(sorted(own)))
+    rows = draw(st.lists(st.tuples(sets, st.integers(0, 25)), min_size=10, max_size=120))
+    return [label for label, _ in rows], [f"g{group}" for _, group in rows]
+
+
+@settings(max_examples=150, deadline=None)
+@given(grouped_label_sets(), st.integers(2, 5), st.sampled_from(["group", "image"]), st.integers(0, 2**32))
+def test_label_sets_are_each_tested_once_and_every_class_can_be_learnt_in_every_fold(
+    rows: Labelled, folds: int, split: Literal["group", "image"], seed: int
+) -> None:
+    labels, groups = rows
+    try:
+        fits = cross_validation(labels, groups, folds=folds, repeats=1, split=split, seed=seed)
+    except UsageError as error:
+        assert "cannot be spread" in str(error) or f"fewer than --folds {folds}" in str(error)
+        return
+    assert sorted(np.concatenate([fit.test for fit in fits]).tolist()) == list(range(len(labels)))
+    classes = {name for label in labels for name in label.split("|")}
+    for fit in fits:
+        own = [set(labels[i].split("|")) for i in fit.train]
+        assert set().union(*own) == classes
+        if any("|" in label for label in labels):
+            everywhere = {name for name in classes if all(name in label.split("|") for label in labels)}
+            assert set.intersection(*own) == everywhere
+        if split == "group":
+            assert not {groups[i] for i in fit.train} & {groups[i] for i in fit.test}
+
+
+def test_folds_hold_the_same_share_of_each_label_set_and_of_the_classes_of_rare_ones() -> None:
+    labels = ["a"] * 60 + ["a|b"] * 40 + ["b"] * 40 + ["a|c", "b|c", "a|b|c", "c"] * 5
+    for fit in cross_validation(labels, [""] * 160, folds=5, repeats=1, split="group", seed=0):
+        tested = Counter(labels[i] for i in fit.test)
+        assert (tested["a"], tested["a|b"], tested["b"]) == (12, 8, 8)
+        assert sum(n for label, n in tested.items() if "c" in label) == 4
+
+
+def test_a_class_that_few_groups_lack_is_refused_like_one_that_few_have() -> None:
+    labels = ["a|b"] * 20 + ["a"] * 20 + ["b"] * 2
+    with pytest.raises(UsageError, match="class 'no a' has 2 groups, fewer than --folds 5"):
+        cross_validation(labels, [""] * 42, folds=5, repeats=1, split="group", seed=0)
+
+
+def test_holding_out_label_sets_takes_the_share_of_each_class() -> None:
+    labels = ["a"] * 100 + ["a|b"] * 100 + ["b|c"] * 100
+    _, held = hold_out(labels, [f"g{i // 2}" for i in range(300)], fraction=0.2, seed=0)
+    counts = Counter(name for i in held for name in labels[i].split("|"))
+    assert counts["a"] == pytest.approx(40, abs=4) and counts["b"] == pytest.approx(40, abs=4)
+    assert counts["c"] == pytest.approx(20, abs=4)
+
+
 def groups_per_class(labels: list[str], groups: list[str]) -> Counter[str]:
     return Counter(label for label, _ in set(zip(labels, groups, strict=True)))
 

@@ -21,8 +21,9 @@ from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.encoder import Architecture, seed_weights
 from training.images import ImagePath
-from training.judgement import Judged, figures_of, guessing
+from training.judgement import Judged, guessing
 from training.model_card import METRICS, README, Trained, model_card
+from training.results import figures_of
 from training.transfer_report import Facts, checklist_facts, trained_of, write_transfer_report
 from training.transform import Input
 
@@ -228,5 +229,5 @@ def test_a_model_is_loaded_with_its_card_and_without_one_but_not_with_a_changed_
 
 def test_a_card_can_be_written_of_a_model_that_knows_nothing_of_its_lineage() -> None:
     facts = facts_of()
-    bare = Trained("r", "d", {"a": 1, "b": 2}, 3, "By hand.", {})
+    bare = Trained("r", "d", {"a": 1, "b": 2}, 3, 3, "By hand.", {})
     assert "unknown" in model_card(replace(facts.card, lineage={}), bare)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from training import keyed
@@ -17,6 +16,7 @@ from training.artifact import forward
 from training.configs import TransferConfig
 from training.encoder import layer_of, seed_weights
 from training.schedule import decays, warmup_cosine
+from training.tasks.objective import Objective, objective_for
 from training.transform import Augmentation, Input, evaluation_view, sample_draws, training_view
 from training.weights import Initial, Wanted, initial_weights
 
@@ -86,6 +86,7 @@ def fine_tune(
 ) -> Outcome:
     """A network trained on rows `train` of `pixels` (uint8 [N, H, W, C]), stopped where rows `held` were judged best.
 
+    `truth` is class numbers [N], or label sets bool [N, K]: then each class is learnt by itself.
     The schedule spans `recipe.epochs`, of which `stop_after` are done; with no held rows the last one counts. `key`
     separates the randomness of folds and repeats. What `on_epoch` raises ends the training.
     """
@@ -96,14 +97,14 @@ def fine_tune(
     if initial.architecture.patch is None:
         network = network.to(memory_format=torch.channels_last)  # convolutions train 1.6 times as fast on a CPU
     optimizer = torch.optim.AdamW(layer_groups(network, recipe, initial), lr=recipe.lr)
-    weight = class_weights(truth[train], recipe.classes).to(recipe.device)
+    objective = objective_for(truth[train], recipe.classes, recipe.label_smoothing)
     best, best_loss, best_epoch, history = None, float("inf"), recipe.epochs, []
     for epoch in range(stop_after or recipe.epochs):
-        loss = _one_epoch(recipe, network, optimizer, initial.input, weight, pixels, truth, train, epoch, key)
+        loss = _one_epoch(recipe, network, optimizer, initial.input, objective, pixels, truth, train, epoch, key)
         row = {"epoch": epoch + 1, "loss": loss}
         if len(held):
             _, logits = predict(network, initial.input, pixels[held], recipe.device)
-            row["held_loss"] = _loss(logits, weight, truth[held])
+            row["held_loss"] = float(objective.plain()(torch.from_numpy(logits), truth[held]))
             if row["held_loss"] < best_loss:
                 best, best_loss, best_epoch = copy.deepcopy(network.state_dict()), row["held_loss"], epoch + 1
             if on_epoch is not None:
@@ -124,13 +125,6 @@ def with_classifier(network: nn.Module, recipe: Recipe) -> nn.Module:
         for parameter in head.parameters():
             parameter.mul_(0.1)
     return network
-
-
-def class_weights(truth: np.ndarray, classes: int) -> torch.Tensor:
-    """Weights float32 [K] that give every class the same say: N / (K n_k); 0 for a class without rows."""
-    counts = np.bincount(truth, minlength=classes).astype(np.float64)
-    weights = np.where(counts > 0, len(truth) / (max(1, (counts > 0).sum()) * np.maximum(counts, 1)), 0.0)
-    return torch.tensor(weights, dtype=torch.float32)
 
 
 def layer_groups(network: nn.Module, recipe: Recipe, initial: Initial) -> list[dict[str, Any]]:
@@ -159,7 +153,7 @@ def _one_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     shown: Input,
-    weight: torch.Tensor,
+    objective: Objective,
     pixels: np.ndarray,
     truth: np.ndarray,
     train: np.ndarray,
@@ -177,18 +171,13 @@ def _one_epoch(
             group["lr"] = recipe.lr * share * group["scale"]
         draws, _ = sample_draws(recipe.augmentation, 0, recipe.seed, *key, epoch, positions=rows)
         logits = network(training_view(pixels[rows], shown, draws, recipe.device))
-        targets = torch.as_tensor(truth[rows], device=recipe.device)
-        loss = F.cross_entropy(logits.float(), targets, weight=weight, label_smoothing=recipe.label_smoothing)
+        loss = objective(logits, truth[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         total += float(loss.detach()) * len(rows)
     return total / len(order)
-
-
-def _loss(logits: np.ndarray, weight: torch.Tensor, truth: np.ndarray) -> float:
-    return float(F.cross_entropy(torch.from_numpy(logits), torch.as_tensor(truth), weight=weight.cpu()))
 
 
 @torch.inference_mode()

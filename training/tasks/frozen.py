@@ -25,6 +25,7 @@ from sklearn.svm import SVC
 from cluster.errors import UsageError
 
 INNER_FOLDS = 3
+NEIGHBOURS = 20
 TRUSTED = ("sklearn.calibration._CalibratedClassifier", "sklearn.calibration._TemperatureScaling")
 """The types beyond skops' own list that a head may contain; all are scikit-learn's."""
 
@@ -58,7 +59,12 @@ class Frozen:
 
 
 def load_estimator(content: bytes, classes: int) -> Frozen:
-    """The inverse of `Frozen.dumps`.
+    """The inverse of `Frozen.dumps`; errors as `load_kept`."""
+    return Frozen(load_kept(content), classes)
+
+
+def load_kept(content: bytes) -> Any:
+    """What skops kept.
 
     Raises:
         UsageError: it holds a type that no head of ours has, or is damaged.
@@ -69,7 +75,7 @@ def load_estimator(content: bytes, classes: int) -> Frozen:
         raise UsageError(f"head.skops: not an estimator kept by skops ({error})") from error
     if strange:
         raise UsageError(f"head.skops holds types that Rayograph never writes: {', '.join(strange)}; it is not loaded")
-    return Frozen(skops.io.loads(content, trusted=list(TRUSTED)), classes)
+    return skops.io.loads(content, trusted=list(TRUSTED))
 
 
 def logistic(c: float = 1.0) -> Pipeline:
@@ -88,7 +94,7 @@ def linear(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimat
 def knn(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
     """20 nearest neighbours on the unit sphere, weighted by distance."""
     model = make_pipeline(
-        Normalizer(), KNeighborsClassifier(min(20, len(features)), weights="distance", algorithm="brute")
+        Normalizer(), KNeighborsClassifier(min(NEIGHBOURS, len(features)), weights="distance", algorithm="brute")
     )
     fitted: BaseEstimator = model.fit(features, truth)
     return fitted

@@ -1,0 +1,56 @@
+"""What a network is trained to: cross-entropy of one class per row, or of each label by itself; classes weigh alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+LARGEST_WEIGHT = 20.0
+"""Largest weight of a rare label's rows against the rest, and inverse of the smallest: 1 row in 1,000 is no reason to
+take steps a thousand times as long."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of logits [B, K] against class numbers [B], or with `several` against label sets [B, K]."""
+
+    weight: torch.Tensor
+    """float32 [K]: of each class, or of the rows that have a label against those that have not."""
+    several: bool
+    smoothing: float = 0.0
+
+    def __call__(self, logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor:
+        weight = self.weight.to(logits.device)
+        targets = torch.as_tensor(truth, device=logits.device)
+        if not self.several:
+            return F.cross_entropy(logits.float(), targets, weight=weight, label_smoothing=self.smoothing)
+        soft = targets.float() * (1 - self.smoothing) + self.smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits.float(), soft, pos_weight=weight)
+
+    def plain(self) -> Objective:
+        """Without smoothing: what judges."""
+        return replace(self, smoothing=0.0)
+
+
+def objective_for(truth: np.ndarray, classes: int, smoothing: float = 0.0) -> Objective:
+    """The objective for class numbers [N], or for label sets bool [N, K]."""
+    several = truth.ndim == 2
+    weight = label_weights(truth) if several else class_weights(truth, classes)
+    return Objective(weight, several, smoothing)
+
+
+def class_weights(truth: np.ndarray, classes: int) -> torch.Tensor:
+    """Weights float32 [K] that give every class the same say: N / (K n_k); 0 for a class without rows."""
+    counts = np.bincount(truth, minlength=classes).astype(np.float64)
+    weights = np.where(counts > 0, len(truth) / (max(1, (counts > 0).sum()) * np.maximum(counts, 1)), 0.0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def label_weights(truth: np.ndarray) -> torch.Tensor:
+    """Weights float32 [K] of the rows that have each label: those without it over those with it, within 1/20 to 20."""
+    having = truth.sum(axis=0).astype(np.float64)
+    ratio = (len(truth) - having) / np.maximum(having, 1)
+    return torch.tensor(np.clip(ratio, 1 / LARGEST_WEIGHT, LARGEST_WEIGHT), dtype=torch.float32)
