@@ -122,5 +122,5 @@ def test_what_is_no_finished_run_of_transfer_is_refused(tmp_path: Path) -> None:
     (Path(run_of(tmp_path / "cut", columns())) / "summary.json").unlink()
     with pytest.raises(UsageError, match="has not finished"):
         read_predictions(str(tmp_path / "cut"))
-    with pytest.raises(UsageError, match=r"label 'a\|b' is no single class"):
+    with pytest.raises(UsageError, match=r"label 'a\|b' is no single class; give RUNs of one label per image"):
         read_predictions(run_of(tmp_path / "several", columns() | {"truth": ["a|b"] * 24}))
