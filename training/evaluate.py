@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +26,9 @@ from training.evaluation_report import (
     verdict,
     write_evaluation_report,
 )
+from training.findings import statistics_of
 from training.ingest import resolve_data
-from training.judgement import Judged, of_units, summarise
+from training.judgement import Inner, Judged, of_units, summarise
 from training.lineage import own_images, seen_by
 from training.predictions import aligned, read_predictions, write_predictions, write_units
 from training.probabilities import calibrated
@@ -56,13 +57,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         found = _out_of_fold(config, runs, out) if config.data is None else _unseen(config, config.data, runs, out)
         rivals = _rivals(config, found)
         name = next(iter(runs))
-        _write_report(config, out, name, found, rivals)
+        chosen: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
+        after, more = statistics_of(found.judged, found.selection, **chosen)
+        _write_report(config, out, name, found, rivals, after)
         summary = {
             "protocol": found.protocol,
             "images": found.images,
             "seen": found.seen,
             "seconds": time.monotonic() - started,
-            "metrics": found.judged.metrics,
+            **more,
+            "metrics": found.judged.metrics | more.get("metrics", {}),
         }
         if rivals:
             summary["against"] = {
@@ -89,6 +93,8 @@ class _Evidence:
     seen: int
     before: list[report.Section]
     caption: str
+    selection: Selection
+    """That the rows of `judged` index."""
 
 
 def _named(config: EvaluateConfig) -> dict[str, str]:
@@ -143,6 +149,7 @@ def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -
         0,
         [protocol, data],
         f"Out-of-fold predictions of {next(iter(runs))}",
+        images,
     )
 
 
@@ -181,6 +188,8 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
         judged = _of_units(config, card, by_image, units, groups)
         others = [_mean(units, by_image, one.images) for one in said[1:]]
     _write_judged(config, out, selection, by_image, judged, units)
+    if config.unit == "image" and not judged.several:
+        judged = replace(judged, inner=_out_of_fold_of(config.model, classes))
     protocol: list[report.Block] = [
         report.Text(
             f"{', '.join(runs)}: judged on images not seen in training; intervals come from a bootstrap over groups. "
@@ -201,7 +210,19 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
         seen,
         [report.Section("Protocol", protocol), data_section(dataset, selection, classes)],
         f"Predictions of {next(iter(runs))} as it is served",
+        selection,
     )
+
+
+def _out_of_fold_of(run: str, classes: list[str]) -> dict[tuple[int, int], Inner]:
+    """What the RUN said of its own images out of fold: what thresholds may be chosen on. A model folder has none."""
+    try:
+        found = read_predictions(run)
+    except UsageError:
+        return {}
+    order = [found.classes.index(name) for name in classes]
+    truth = np.argsort(order)[found.truth]
+    return {(0, 0): Inner(truth, found.probabilities[:, order], np.arange(len(truth)))}
 
 
 def _require_comparable(config: EvaluateConfig, cards: Mapping[str, ModelCard]) -> None:
@@ -352,7 +373,12 @@ def _rivals(config: EvaluateConfig, found: _Evidence) -> dict[str, Rival]:
 
 
 def _write_report(
-    config: EvaluateConfig, out: OutDir, name: str, found: _Evidence, rivals: Mapping[str, Rival]
+    config: EvaluateConfig,
+    out: OutDir,
+    name: str,
+    found: _Evidence,
+    rivals: Mapping[str, Rival],
+    after: Sequence[report.Section],
 ) -> None:
     figures_of(found.judged, out.path / "figures")
     comparison = None
@@ -370,7 +396,13 @@ def _write_report(
             figure=figure,
         )
     write_evaluation_report(
-        out.path, found.judged, before=found.before, comparison=comparison, caption=found.caption, images=config.images
+        out.path,
+        found.judged,
+        before=found.before,
+        comparison=comparison,
+        after=after,
+        caption=found.caption,
+        images=config.images,
     )
 
 

@@ -115,11 +115,13 @@ def write_evaluation_report(
     *,
     before: Sequence[report.Section],
     comparison: report.Section | None,
+    after: Sequence[report.Section],
     caption: str,
     images: bool,
 ) -> None:
-    """report.html of an evaluation: sections on protocol and data, the comparison if there is one, results."""
-    sections = [*before, *([comparison] if comparison else []), result_section(out, judged, caption, learning=False)]
+    """report.html of an evaluation: sections on protocol and data, the comparison if there is one, results, the rest."""
+    results = result_section(out, judged, caption, learning=False)
+    sections = [*before, *([comparison] if comparison else []), results, *after]
     report.write_report(out / "report.html", title=f"Evaluation: {out.name}", sections=sections, images=images)
 
 

@@ -21,7 +21,7 @@ from training.judgement import Judged
 from training.units import Units
 
 FILE, UNITS = "predictions.parquet", "units.parquet"
-EQUAL = ("data", "where", "split", "folds", "repeats", "seed")
+EQUAL = ("data", "where", "split", "folds", "repeats", "seed", "site_column", "test_fraction", "label_fraction")
 """Fields of `transfer` that decide which images are judged in which fold."""
 
 
