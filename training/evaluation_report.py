@@ -119,7 +119,7 @@ def write_evaluation_report(
     caption: str,
     images: bool,
 ) -> None:
-    """report.html of an evaluation: sections on protocol and data, the comparison if there is one, results, the rest."""
+    """report.html of an evaluation: protocol and data, the comparison if there is one, results, the rest."""
     results = result_section(out, judged, caption, learning=False)
     sections = [*before, *([comparison] if comparison else []), results, *after]
     report.write_report(out / "report.html", title=f"Evaluation: {out.name}", sections=sections, images=images)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from training.metrics import tail_share
+from training.bootstrap import tail_share
 from training.multilabel import NAMES, average_precision, of_each_label, reliability, summarise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,11 +51,11 @@ def test_the_labels_of_a_folds_test_side_change_nothing_of_what_is_said_of_it(ta
         result = frozen_fold(task, features, known, 3, 0, fold)
         judged = judge([result], known, CLASSES, 0)
         inner = judged.inner[0, 1]
-        assert inner.probabilities.shape == inner.truth.shape == (len(fold.train), 3)
+        assert inner.raw.shape == inner.truth.shape == (len(fold.train), 3)
         temperature = temperature_for(result.inner_probabilities, inner.truth)
         expected = calibrated(result.probabilities, temperature, several=True)
         np.testing.assert_array_equal(judged.probabilities, expected)
-        said.append((judged.probabilities, inner.probabilities))
+        said.append((judged.probabilities, inner.raw))
     for ours, theirs in zip(*said, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -145,7 +146,11 @@ def test_gains_of_label_sets_are_those_of_their_metrics(tmp_path: Path) -> None:
     rng, files = np.random.default_rng(0), []
     for name, skill in (("before", 0.1), ("after", 0.35)):
         p = np.clip(0.5 + skill * (2.0 * labels.truth - 1) + rng.normal(0, 0.25, labels.truth.shape), 0, 1)
-        rows = {"image_id": [f"i{r:03d}" for r in range(len(p))], "group": labels.groups, "truth": labels.names}
+        rows: dict[str, Any] = {
+            "image_id": [f"i{r:03d}" for r in range(len(p))],
+            "group": labels.groups,
+            "truth": labels.names,
+        }
         rows |= {"repeat": [0] * len(p), "fold": [0] * len(p)} | {c: p[:, k] for k, c in enumerate(CLASSES)}
         files.append((tmp_path / f"{name}.parquet", p))
         pq.write_table(pa.table(rows), files[-1][0])
