@@ -145,7 +145,11 @@ def test_gains_of_label_sets_are_those_of_their_metrics(tmp_path: Path) -> None:
     rng, files = np.random.default_rng(0), []
     for name, skill in (("before", 0.1), ("after", 0.35)):
         p = np.clip(0.5 + skill * (2.0 * labels.truth - 1) + rng.normal(0, 0.25, labels.truth.shape), 0, 1)
-        rows = {"image_id": [f"i{r:03d}" for r in range(len(p))], "group": labels.groups, "truth": labels.names}
+        rows: dict[str, object] = {
+            "image_id": [f"i{r:03d}" for r in range(len(p))],
+            "group": labels.groups,
+            "truth": labels.names,
+        }
         rows |= {"repeat": [0] * len(p), "fold": [0] * len(p)} | {c: p[:, k] for k, c in enumerate(CLASSES)}
         files.append((tmp_path / f"{name}.parquet", p))
         pq.write_table(pa.table(rows), files[-1][0])
