@@ -110,8 +110,8 @@ def test_two_runs_are_compared_by_case_out_of_fold_and_on_other_images(cased: Pa
         difference = found["against"]["linear"]["metrics"][name]["difference"]
         assert difference == pytest.approx(ours["value"] - theirs["value"])
     by_run, again = (rows_of(tmp_path / name / "units.parquet") for name in ("knn", "out"))
-    assert [row["unit"] for row in by_run] == [row["unit"] for row in again]
-    assert [row["images"] for row in by_run] == [row["images"] for row in again]
+    sizes = [{(row["repeat"], row["unit"]): row["images"] for row in rows} for rows in (by_run, again)]
+    assert sizes[0] == sizes[1] and len(by_run) == len(again) == len(sizes[0])
     unseen = evaluate(EvaluateConfig(**runs, data=str(cased), out=str(tmp_path / "unseen"), allow_seen=True))
     assert unseen["protocol"]["units"] == own["protocol"]["units"]
     report = (tmp_path / "unseen" / "report.html").read_text(encoding="utf-8")

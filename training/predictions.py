@@ -108,6 +108,9 @@ def read_predictions(run: str) -> Predictions:
     classes = [str(name) for name in summary["classes"]]
     if summary.get("multi_label"):
         raise UsageError(f"{run}: judges label sets, which are not compared; give RUNs of one label per image")
+    strange = set(table["truth"].to_pylist()) - set(classes)
+    if strange:
+        raise UsageError(f"{run}: label {min(strange)!r} is no single class; give RUNs of one label per image")
     return Predictions(run, table, classes, config, summary["protocol"])
 
 
