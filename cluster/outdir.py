@@ -262,7 +262,7 @@ def _refuse_other(wanted: _Wanted, stored: Values) -> None:
         raise UsageError(f"{where}: was written by a newer rayograph (format {version}); {advice}")
     for name, new in (wanted.identity | wanted.raisable).items():
         if name not in stored:
-            raise UsageError(f"{where}: its config.yaml is damaged or has no {name}; {advice}")
+            raise UsageError(f"{where}: its config.yaml names no {name}: damaged, or of another version; {advice}")
         old = stored[name]
         lowered = name in wanted.raisable and not _grew(old, new)
         if old != new and (name not in wanted.raisable or lowered):

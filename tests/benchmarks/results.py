@@ -44,6 +44,10 @@ class Study:
     yardsticks: tuple[tuple[str, str, str, str], ...]
     """(name, accuracy, kappa, balanced accuracy) measured once, elsewhere, on the same copies."""
 
+    def features(self, label: str) -> tuple[str, ...]:
+        """Flags of the network that `label` names."""
+        return self.imagenet if label == "ImageNet" else self.vit
+
 
 STUDIES = {
     "cervix": Study(
@@ -105,6 +109,43 @@ def compute(name: str) -> None:
     run(["pretrain", "--data", data, "--out", str(CACHE / f"{name}-mae"), *study.pretrain])
     for _, _, _, command in transfers(name):
         run(command)
+
+
+BUDGETS = ("0.1", "0.25", "0.5", "1.0")
+CHEST = ("--split", "image")
+"""The chest CT set names no patients: it can be judged by image only, and that leaks."""
+
+
+def budgets() -> str:
+    """A linear probe of the same features with fewer labelled groups, and the price of a leak, as Markdown."""
+    run(["ingest", str(DATA / "chest_ct/index.csv"), "--out", str(CACHE / "chest_ct"), "--image-size", "128"])
+    lines = [
+        "| set | features | " + " | ".join(f"{float(b):.0%}" for b in BUDGETS) + " |",
+        "|---" * (2 + len(BUDGETS)) + "|",
+    ]
+    prices = []
+    for name, wanted in (("cervix", STUDIES["cervix"]), ("oct", STUDIES["oct"]), ("chest_ct", None)):
+        inits = {"none": "none", "SSL": str(CACHE / f"{name}-mae"), "ImageNet": "imagenet"}
+        for label, init in inits.items():
+            if wanted is None and label == "SSL":
+                continue
+            out = CACHE / f"{name}-budget-{label.lower()}"
+            flags = list(CHEST) if wanted is None else [*wanted.transfer, *wanted.features(label)]
+            command = ["transfer", "--data", str(CACHE / name), "--out", str(out), "--init", init, "--task", "linear"]
+            run([*command, *flags, "--label-fraction", *BUDGETS])
+            values = summary(out)
+            found = [values["budgets"][f"{float(b):g}"]["metrics"]["balanced_accuracy"] for b in BUDGETS]
+            cells = [f"{m['value']:.3f} [{m['ci95'][0]:.2f}, {m['ci95'][1]:.2f}]" for m in found]
+            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+            price = values.get("leak_price")
+            if price:
+                low, high = price["ci95"]
+                prices.append(
+                    f"| {name} | {label} | {price['by_image']:.3f} | {price['by_group']:.3f} | "
+                    f"{price['difference']:.3f} [{low:.2f}, {high:.2f}] |"
+                )
+    head = ["", "| set | features | by image | by group | the leak |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *head, *prices])
 
 
 STRANGERS = (
@@ -192,9 +233,10 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    if "unlike" in sys.argv:
-        print("\n" + unlike())
-        return 0
+    for part in (unlike, budgets):
+        if part.__name__ in sys.argv:
+            print("\n" + part())
+            return 0
     wanted = [a for a in sys.argv[1:] if a in STUDIES] or list(STUDIES)
     if "--table" not in sys.argv:
         for name in wanted:
@@ -203,6 +245,7 @@ def main() -> int:
         print("\n" + table(name))
     if "--table" not in sys.argv and wanted == list(STUDIES):
         print("\n" + unlike())
+        print("\n" + budgets())
     return 0
 
 
