@@ -89,7 +89,7 @@ def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -
     """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
     dataset = resolve_data(config.data, out=config.out)
     selection = dataset.select(config.where, labelled=True)
-    _refuse_taught(config.init, dataset, selection)
+    refuse_taught(config.init, dataset, selection)
     study = _Study(config, dataset, selection, out, chain)
     started = time.monotonic()
     with session(cpus=cores() + 2, log=out.log) as found:
@@ -102,12 +102,12 @@ def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -
     return summary
 
 
-def _refuse_taught(init: str, dataset: Dataset, selection: Selection) -> None:
+def refuse_taught(init: str, dataset: Dataset, selection: Selection) -> None:
     """Raises UsageError where the first weights learnt from labels of groups that are judged here."""
     groups = groups_of(labelled_by(init), dataset.manifest, selection.table)
     if groups:
         raise UsageError(
-            f"--init {init} was trained with labels of {len(groups):,} groups of these images, such as "
+            f"--init {init} learnt from labels of {len(groups):,} of the groups that are judged here, such as "
             f"{storage.printable(min(groups))!r}: they would leak into the test folds; start from other weights, or "
             "leave those groups out by --where"
         )

@@ -10,11 +10,13 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cluster.errors import UsageError
 from training.artifact import ModelCard, save_model
-from training.dataset import Selection
+from training.dataset import Dataset, Selection
 from training.encoder import Architecture
 from training.images import ImagePath
-from training.lineage import SEEN, dump, labelled_by, own_images, seen_by
+from training.lineage import SEEN, dump, labelled_by, own_images, seen_by, shortened
+from training.transfer import refuse_taught
 from training.transform import Input
 
 
@@ -100,3 +102,21 @@ def test_an_older_model_counts_all_its_images_where_labels_trained_its_network(
     save_file({"sha256": load_file(file)["sha256"]}, file)
     assert labelled_by(str(run)) == (seen if counts else frozenset())
     assert seen_by(str(run)) == seen
+
+
+def test_weights_that_learnt_labels_of_judged_groups_are_refused_and_those_that_saw_images_alone_are_not(
+    tmp_path: Path,
+) -> None:
+    known = digests("a", "b", "c")
+    manifest = pa.table({"sha256": known, "group": ["ann", "ann", "bob"]})
+    dataset, judged = Dataset("/nowhere", {}), Selection(manifest.slice(1, 2))
+    dataset.__dict__["manifest"] = manifest
+    for name, labelled in (("taught", known[:1]), ("shown", known[:0])):  # image a is of ann, whose image b is judged
+        (tmp_path / name / "model").mkdir(parents=True)
+        kept = dump(shortened(known), shortened(labelled))
+        (tmp_path / name / "model" / SEEN).write_bytes(kept)
+    refuse_taught(str(tmp_path / "shown"), dataset, judged)
+    refuse_taught("imagenet", dataset, judged)
+    with pytest.raises(UsageError, match=r"labels of 1 of the groups, such as 'ann'.*leak") as caught:
+        refuse_taught(str(tmp_path / "taught"), dataset, judged)
+    assert len(str(caught.value).splitlines()) == 1
