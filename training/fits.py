@@ -19,8 +19,9 @@ FORMAT = 1
 """Raised when what a fit computes or keeps changes: older files are then not read."""
 PROTOCOL = frozenset(
     {"data", "where", "folds", "repeats", "split", "site_column", "test_fraction", "label_fraction", "unit", "pooling"}
+    | {"by", "prevalence", "init", "stages"}
 )
-"""Fields of a config that choose rows, which a fit's key holds themselves, or what is judged together."""
+"""Fields of a config that choose rows or first weights, which a fit's key holds themselves, or how it is told."""
 
 
 @dataclass(frozen=True)
