@@ -304,6 +304,8 @@ class SuggestConfig(Config):
     "Images on each list, at most."
     per_group: int = 1
     "Images of one group (patient, slide) suggested at a time, at most."
+    unlike: bool = False
+    "Also suggest images that are unlike all that the model was trained on, such as empty fields or another stain."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     seed: int = 0
