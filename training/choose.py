@@ -2,7 +2,7 @@
 
 Chosen by what was measured (tests/benchmarks/label_next.py): images that the model is unsure of taught no more than
 images drawn by chance. There, the pool was of the same kind as the labels; in one that is not, a large kind may be
-worthless (empty background comes first on the CRIC patches), which nothing here notices.
+worthless (empty background came first on the CRIC patches): `training.suggest` keeps such images out of the pool.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from training import choose
 from training.artifact import Model, ModelCard, load_model, model_folder, read_card, run_name
 from training.configs import InferenceConfig, SuggestConfig
 from training.dataset import Dataset, Selection
+from training.domain import look_of
 from training.doubt import doubts, neighbour_probabilities
+from training.images import to_channels
 from training.inference import embed
 from training.ingest import resolve_data
 from training.lineage import seen_by, short_digests
@@ -51,6 +53,8 @@ HOW = (
     "taught no more than images drawn by chance. Typical is not the same as useful: where the images are of another "
     "origin than the labelled ones, a large kind may be empty or out of focus. Pass over those."
 )
+LOOKED_AT = 1024
+"""Images whose pixels are held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +92,8 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
         _require_some(config, rows)
         features = kept_features(config, dataset, rows.selection, out.log)
         model = load_model(config.model)
-        next_ones, how = _to_label(config, model, rows, features)
+        strange = _strange(config, model, dataset, rows, features)
+        next_ones, how = _to_label(config, model, rows, features, strange)
         wrong, judged = _look_again(config, model, rows, features)
         columns = ALIKE if card.head == "none" else ALIKE + GUESS
         first = Sheet(TO_LABEL, columns, next_ones, _pixels(dataset, rows, next_ones))
@@ -104,6 +109,7 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
             "unlabelled": len(rows.unlabelled),
             "disputed": len(rows.disputed),
             "unlabelled_groups": groups,
+            "left_out": int(strange.sum()),
             "to_label": len(next_ones),
             "look_again": len(wrong),
             "seconds": time.monotonic() - started,
@@ -170,11 +176,55 @@ def kept_features(config: SuggestConfig, dataset: Dataset, selection: Selection,
 # What to label
 
 
-def _to_label(config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray) -> tuple[list[Suggestion], str]:
+def unlike(model: Model, dataset: Dataset, selection: Selection, features: np.ndarray) -> np.ndarray:
+    """bool [N]: which images of a selection, with these features [N, D], `in_domain` of the service would call unlike
+    the model's training set. None of them where the model keeps no domain."""
+    found = np.zeros(len(selection), dtype=bool)
+    if model.domain is None:
+        return found
+    for at in range(0, len(selection), LOOKED_AT):
+        part = np.arange(at, min(at + LOOKED_AT, len(selection)))
+        pixels = to_channels(dataset.pixels(selection.take(part)), model.card.input.channels)
+        found[part] = model.domain.judge(features[part], look_of(pixels))[0] < model.domain.limit
+    return found
+
+
+def _strange(config: SuggestConfig, model: Model, dataset: Dataset, rows: Rows, features: np.ndarray) -> np.ndarray:
+    """Which of the unlabelled rows are left out as unlike the model's training set, and says so: bool [U]."""
+    pool = rows.unlabelled
+    if config.unlike:
+        return np.zeros(len(pool), dtype=bool)
+    found = unlike(model, dataset, rows.selection.take(pool), features[pool])
+    if found.any():
+        say(
+            f"note: {found.sum():,} of {len(pool):,} unlabelled images left out as unlike the labelled images that "
+            "the model was trained on; --unlike suggests them too"
+        )
+    return found
+
+
+def _how(config: SuggestConfig, model: Model, strange: np.ndarray) -> str:
+    """In words how the images to label were chosen, where there were any to choose from."""
+    if config.unlike:
+        return f"{HOW} Images unlike the labelled ones were asked for (--unlike) and are among them."
+    if model.domain is None:
+        return f"{HOW} The model keeps no record of labelled images, so none could be left out as unlike them."
+    return (
+        f"{HOW} Left out as unlike the labelled images that the model was trained on: {strange.sum():,} of "
+        f"{len(strange):,}, such as empty fields, another stain or another device. Where the model is to learn such "
+        "images too, --unlike suggests them."
+    )
+
+
+def _to_label(
+    config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray, strange: np.ndarray
+) -> tuple[list[Suggestion], str]:
     """(the images worth labelling, in words how they were chosen)."""
     if not len(rows.unlabelled):
         return [], "Every image has a label already, so there is none to suggest."
-    pool = rows.unlabelled
+    pool, how = rows.unlabelled[~strange], _how(config, model, strange)
+    if not len(pool):
+        return [], how
     budget = choose.Budget(config.n, config.per_group, config.seed)
     chosen, sizes = choose.typical(features, rows.labelled, pool, rows.groups, budget)
     known = model.card.head != "none"
@@ -185,10 +235,10 @@ def _to_label(config: SuggestConfig, model: Model, rows: Rows, features: np.ndar
     ]
     if len(found) < config.n:
         say(
-            f"note: {len(found):,} of --n {config.n:,} images suggested: the unlabelled ones are of "
+            f"note: {len(found):,} of --n {config.n:,} images suggested: there are {len(pool):,} to choose from, of "
             f"{len(set(rows.groups[pool])):,} groups, and of each at most --per-group {config.per_group}"
         )
-    return found, HOW
+    return found, how
 
 
 def _suggestion(row: int, size: int, probabilities: np.ndarray, card: ModelCard) -> Suggestion:

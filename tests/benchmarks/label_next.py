@@ -6,7 +6,7 @@ judged on groups that are never asked about. Strategies of one repeat share the 
 labels flipped on purpose, and how many of them the list of labels that look wrong finds.
 
 Features come from the runs of `make results`. Every repeat is kept, so an interrupted benchmark goes on. Arguments:
-names of sets, `gain` or `wrong` for one part only, `--repeats N`.
+names of sets, `gain` or `wrong` for one part only, names of `SCENARIOS` for those only, `--repeats N`.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ def main() -> int:
     repeats = int(arguments[arguments.index("--repeats") + 1]) if "--repeats" in arguments else REPEATS
     for name in [a for a in arguments if a in STUDIES] or list(STUDIES):
         if "wrong" not in arguments:
-            for scenario in SCENARIOS:
+            for scenario in [a for a in arguments if a in SCENARIOS] or SCENARIOS:
                 print("\n".join(gain(name, scenario, repeats)), end="\n\n", flush=True)
         if "gain" not in arguments:
             print("\n".join(wrong(name)), end="\n\n", flush=True)
