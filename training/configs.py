@@ -331,13 +331,9 @@ class SuggestConfig(Config):
     "Images on each list, at most."
     per_group: int = 1
     "Images of one group (patient, slide) suggested at a time, at most."
-<<<<<<< HEAD
-    where: Words = ()
-=======
     unlike: bool = False
     "Also suggest images that are unlike all that the model was trained on, such as empty fields or another stain."
-    where: tuple[str, ...] = ()
->>>>>>> f6175330002369c593d9cbcc6faad8085bd77a72
+    where: Words = ()
     "Keep only rows whose COLUMN=VALUE."
     seed: int = 0
     "Seed of what is drawn by chance."

@@ -117,6 +117,8 @@ def test_weights_that_learnt_labels_of_judged_groups_are_refused_and_those_that_
         (tmp_path / name / "model" / SEEN).write_bytes(kept)
     refuse_taught(str(tmp_path / "shown"), dataset, judged)
     refuse_taught("imagenet", dataset, judged)
-    with pytest.raises(UsageError, match=r"labels of 1 of the groups that are judged here, such as 'ann'.*leak") as caught:
+    with pytest.raises(
+        UsageError, match=r"labels of 1 of the groups that are judged here, such as 'ann'.*leak"
+    ) as caught:
         refuse_taught(str(tmp_path / "taught"), dataset, judged)
     assert len(str(caught.value).splitlines()) == 1
