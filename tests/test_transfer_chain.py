@@ -96,6 +96,7 @@ def test_each_task_judges_every_labelled_image_once_per_repeat(
     assert ((values >= 0) & (values <= 1)).all()
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-6)
     _check_metrics(summary["metrics"], rows, classes, FOLDS * repeats)
+    assert set(summary["metrics"]) >= {"recall_at_1", "map_at_r"}
     assert summary["protocol"] == {
         "split": "group", "folds": FOLDS, "repeats": repeats, "groups": len(set(selection.column("group"))),
         "unit": "image",
@@ -108,7 +109,7 @@ def test_each_task_judges_every_labelled_image_once_per_repeat(
 
 def _check_metrics(found: dict[str, Any], rows: list[dict[str, Any]], classes: list[str], fits: int) -> None:
     assert set(found) > METRICS == set(metrics.NAMES)
-    assert set(found) >= {"brier", "recall_at_1", "map_at_r"}
+    assert "brier" in found
     for name, metric in found.items():
         if name not in METRICS:
             continue
@@ -320,7 +321,7 @@ def test_against_judges_all_models_on_unseen_images_and_refuses_what_any_of_them
     for run, values in ((other, summary["metrics"]), (probed, found["own"])):
         alone = evaluate(EvaluateConfig(model=str(run), data=str(unseen), out=str(tmp_path / f"alone-{run.name}")))
         assert "against" not in alone
-        assert values == alone["metrics"]
+        assert {name: values[name] for name in METRICS} == {name: alone["metrics"][name] for name in METRICS}
     for name, metric in found["metrics"].items():
         expected = summary["metrics"][name]["value"] - found["own"][name]["value"]
         assert metric["difference"] == pytest.approx(expected), name
