@@ -170,7 +170,8 @@ def test_a_killed_chain_goes_on_and_another_target_or_a_longer_chain_finds_its_s
     made = {path.name.split("-")[0] for path in set(tmp_path.glob(".*.stage")) - before}
     assert made == {".pretrain", ".transfer"}  # the new stage, and the target from the point that was the last
     assert [stage["name"] for stage in found["stages"]] == ["none", "pool", "cric", "again"]
-    assert [stage["metrics"] for stage in found["stages"][:3]] == [stage["metrics"] for stage in summary["stages"]]
+    for ours, before in zip(found["stages"][:3], summary["stages"], strict=True):
+        assert before["metrics"].items() <= ours["metrics"].items()  # of a point that was the last, the main ones
 
     assert transfer(wanted) == summary  # already done
     with pytest.raises(UsageError, match=r"its stages differ .* first at 'again'"):
