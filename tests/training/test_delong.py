@@ -57,7 +57,7 @@ def area(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def by_hand_delong(truth: np.ndarray, sides: list[np.ndarray]) -> np.ndarray:
     found = [components(side, truth) for side in sides]
     m, n = (truth == 1).sum(), (truth == 0).sum()
-    return np.cov([f[1] for f in found]) / m + np.cov([f[2] for f in found]) / n
+    return np.asarray(np.cov([f[1] for f in found]) / m + np.cov([f[2] for f in found]) / n)
 
 
 def by_hand_obuchowski(truth: np.ndarray, sides: list[np.ndarray], group: np.ndarray) -> np.ndarray:
