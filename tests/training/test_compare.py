@@ -114,13 +114,13 @@ def holds(found: Any, expected: float) -> bool:
 
 @pytest.mark.slow
 def test_intervals_cover_what_they_should_on_correlated_images() -> None:
-    """95 % of studies, by 2 %: of values and of differences, with 60 patients and with 20.
+    """95 % of studies: of values (the mean of both models') and of differences; with 100 patients and with 20.
 
-    A share of few images takes few values, so coverage swings by one or two percent with the true share: that of
-    values is the mean of both models'.
+    Simulated at length, coverage is 94 to 95 % with either; the bounds leave room for 2.5 standard errors of so many
+    studies as fit in a test. Plain percentiles cover 92 % with 20 patients.
     """
     by_class = {"accuracy": np.array([1 - PREVALENCE, PREVALENCE]), "balanced_accuracy": np.array([0.5, 0.5])}
-    for patients, images, studies in ((60, 2, 700), (20, 4, 500)):
+    for patients, images, studies in ((100, 2, 800), (20, 4, 500)):
         covered = dict.fromkeys(itertools.product(by_class, ("value", "difference")), 0.0)
         rng = np.random.default_rng(patients)
         for seed in range(studies):
@@ -134,7 +134,7 @@ def test_intervals_cover_what_they_should_on_correlated_images() -> None:
                 covered[name, "value"] += (holds(own[0][name], value) + holds(own[1][name], other)) / 2
                 covered[name, "difference"] += holds(found[name], value - other)
         for key, count in covered.items():
-            assert 0.93 <= count / studies <= 0.97, (patients, key, count / studies)
+            assert (0.93 if patients == 100 else 0.92) <= count / studies <= 0.97, (patients, key, count / studies)
 
 
 def test_one_group_has_differences_but_neither_interval_nor_p_value() -> None:
