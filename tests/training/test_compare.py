@@ -116,8 +116,8 @@ def holds(found: Any, expected: float) -> bool:
 def test_intervals_cover_what_they_should_on_correlated_images() -> None:
     """95 % of studies: of values (the mean of both models') and of differences; with 100 patients and with 20.
 
-    Simulated at length (1,500 studies), coverage is 93 to 96 %; the bounds leave room for 2.5 standard errors of so many
-    studies as fit in a test. Plain percentiles cover 92 % with 20 patients.
+    Simulated at length (1,500 studies), coverage is 93 to 96 %; the bounds leave room for 2.5 standard errors of as
+    many studies as fit in a test. Plain percentiles cover 92 % with 20 patients.
     """
     by_class = {"accuracy": np.array([1 - PREVALENCE, PREVALENCE]), "balanced_accuracy": np.array([0.5, 0.5])}
     for patients, images, studies in ((100, 2, 800), (20, 4, 500)):
