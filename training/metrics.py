@@ -176,7 +176,7 @@ def summarise(
     (repeat, fold). `ci95` is the 95 % percentile interval of a bootstrap over groups (Efron & Tibshirani, 1993): as
     many groups as there are, drawn with replacement, each bringing all of its rows in all folds and repeats. Its
     percentiles are those of `tail_share`, since 2.5 and 97.5 are too narrow for few groups: on simulated patients they
-    covered 92 % with 20 groups and 94 % with 60, these 94 to 95 % with both, 92 to 93 % with 12. What counts is the
+    covered 92 % with 20 groups and 92 to 95 % with 60, these 93 to 96 % with both, 92 % with 12. What counts is the
     number of groups behind a figure: where one class has few, the interval of `balanced_accuracy` is too narrow.
     Resampling is not stratified, neither by class nor by fold: prevalence is taken to be random, and a class that a
     resample lacks is skipped as it is in the metric. The fits are held fixed, so the spread over training sets is
