@@ -198,7 +198,7 @@ def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
     scaling: Any = ScalingConfig  # mypy sees the one of the first Ray Train
     # Ray's own state of a run is of no use to ours, which goes on from its own checkpoints: it is kept aside, under
     # names that are never used again, and thrown away.
-    ours = out / ".ray"
+    ours = out.absolute() / ".ray"  # its workers may stand in another folder
     shutil.rmtree(ours, ignore_errors=True)
     return TorchTrainer(
         train,
