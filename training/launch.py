@@ -191,6 +191,11 @@ def _follow(
     return outcome[0] if outcome else None
 
 
+def aside(out: Path) -> Path:
+    """Where Ray Train's own state of a run goes; absolute, for what is not it takes for a URI (ray 2.60)."""
+    return out.absolute() / ".ray"
+
+
 def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -198,7 +203,7 @@ def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
     scaling: Any = ScalingConfig  # mypy sees the one of the first Ray Train
     # Ray's own state of a run is of no use to ours, which goes on from its own checkpoints: it is kept aside, under
     # names that are never used again, and thrown away.
-    ours = out.absolute() / ".ray"  # its workers may stand in another folder
+    ours = aside(out)
     shutil.rmtree(ours, ignore_errors=True)
     return TorchTrainer(
         train,
