@@ -73,7 +73,7 @@ class PretrainConfig(Config):
     "A timm ViT name instead of the preset's."
     init: str = "none"
     "Starting weights: none, a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
-    where: Words = ()
+    where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     epochs: int = 100
     "Passes over the data."
@@ -155,7 +155,7 @@ class TransferConfig(Config):
     "Model size where --init names no model."
     model: str | None = None
     "A timm name where --init names no model."
-    where: Words = ()
+    where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     folds: int = 5
     "Cross-validation folds."
@@ -257,7 +257,7 @@ class EvaluateConfig(Config):
     "Where the report goes."
     against: Words = ()
     "RUNs that the model is compared with; without --data by the out-of-fold predictions of the same folds."
-    where: Words = ()
+    where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     by: Words = ()
     "Columns of the manifest, such as sex,site: the report also judges each of their values alone."
@@ -305,7 +305,7 @@ class InferenceConfig(Config):
     "A RUN, or its model folder."
     out: str
     "The Parquet file to write."
-    where: Words = ()
+    where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     batch_size: int = 64
     "Images per forward pass."
@@ -333,7 +333,7 @@ class SuggestConfig(Config):
     "Images of one group (patient, slide) suggested at a time, at most."
     unlike: bool = False
     "Also suggest images that are unlike all that the model was trained on, such as empty fields or another stain."
-    where: Words = ()
+    where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     seed: int = 0
     "Seed of what is drawn by chance."
