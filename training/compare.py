@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtr
 from scipy.stats import binom, chi2
 
+from training import multilabel
 from training.bootstrap import Floats, tail_share
 from training.delong import DeLong, delong
 from training.metrics import NAMES, paired_draws
@@ -115,7 +116,7 @@ def differences(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[dict[str, Difference]]:
-    """For each of the others, every metric of ours less that of theirs, on the same rows.
+    """For each of the others, every metric of ours less that of theirs, on the same rows; truth as `judgement` has it.
 
     One bootstrap over groups serves all sides: a resample weighs the groups of every side alike, so what makes a group
     easy or hard for both cancels out. The difference is taken within a repeat, where both sides judge the same folds,
@@ -125,9 +126,10 @@ def differences(
     which a side is undefined are left out. As in `summarise`, those of `ece` are moved back by the bootstrap's estimate
     of their bias. Fewer than two groups give neither interval nor p-value.
     """
-    first, *rest = paired_draws(
-        truth, [ours, *others], group=group, fold=fold, repeat=repeat, resamples=resamples, seed=seed
-    )
+    several = np.ndim(truth) == 2
+    draws, names = (multilabel.paired_draws, multilabel.NAMES) if several else (paired_draws, NAMES)
+    rows = {"group": group, "fold": fold, "repeat": repeat}
+    first, *rest = draws(truth, [ours, *others], resamples=resamples, seed=seed, **rows)
     groups = len(np.unique(np.asarray(group, dtype=str)))
     return [
         {
@@ -137,7 +139,7 @@ def differences(
                 groups,
                 unbias=name == "ece",
             )
-            for at, name in enumerate(NAMES)
+            for at, name in enumerate(names)
         }
         for side in rest
     ]

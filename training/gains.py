@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cluster.errors import RayographError
-from training import figures, metrics, multilabel, report
+from training import figures, report
+from training.compare import Difference, differences
 from training.dataset import truth_of
 from training.overlap import Overlap
 
 HEADLINE = "balanced_accuracy"
-RESAMPLES = 1000
 
-Gain = dict[str, dict[str, Any]]
+Gain = Mapping[str, Difference]
 
 
 @dataclass(frozen=True)
@@ -45,56 +45,20 @@ class Predictions:
 
 
 def gain_between(before: Path, after: Path, classes: Sequence[str], *, several: bool = False, seed: int) -> Gain:
-    """Each metric of a confusion matrix after less before, with a paired 95 % interval: `{name: {difference, ci95}}`.
+    """Each metric after less before, `{name: {difference, ci95, p}}`: see `training.compare.differences`.
 
     Both files hold predictions of the same images, or units, in the same folds; `classes` are in their order. With
-    `several` labels per image the metrics are those of `training.multilabel`. The interval is the 2.5 to 97.5
-    percentile of a bootstrap over groups that gives both sides the same resamples; values are, as in
-    `training.metrics`, of each repeat's pooled predictions, averaged over repeats. A single group gives no interval.
+    `several` labels per image the metrics are those of `training.multilabel`.
 
     Raises:
         RayographError: the two are not of the same images in the same folds.
     """
-    sides = [Predictions.read(path, classes, several=several) for path in (before, after)]
-    first, second = sides
+    first, second = (Predictions.read(path, classes, several=several) for path in (before, after))
     if (first.keys, first.fold) != (second.keys, second.fold) or not np.array_equal(first.truth, second.truth):
         raise RayographError(f"{after} and {before}: not of the same images in the same folds, so no pairs")
-    groups = len(set(first.groups))
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
-    values = [_values(side, np.concatenate([np.ones((1, groups)), draws])) for side in sides]
-    gains = {}
-    for name, earlier in values[0].items():
-        point, *spread = values[1][name] - earlier
-        defined = np.asarray(spread)[~np.isnan(spread)]
-        ends = np.percentile(defined, [2.5, 97.5]).tolist() if groups > 1 and len(defined) else [None, None]
-        gains[name] = {"difference": float(point), "ci95": ends}
-    return gains
-
-
-def _values(side: Predictions, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric [B] under weights [B, G] of the groups by their sorted names."""
-    repeat = np.asarray([key[0] for key in side.keys])
-    if side.truth.ndim == 2:
-        rows: dict[str, Any] = {"group": side.groups, "fold": side.fold, "repeat": repeat}
-        return multilabel.under_weights(side.truth, side.probabilities, weights.T.astype(np.float64), **rows)
-    counts = [np.tensordot(weights, each, axes=1) for each in _counts(side, repeat)]
-    return {
-        name: np.asarray(np.mean([metric(each) for each in counts], axis=0))
-        for name, metric in metrics.OF_CONFUSION.items()
-    }
-
-
-def _counts(side: Predictions, repeat: np.ndarray) -> list[np.ndarray]:
-    """Confusions [groups, C, C] of each repeat."""
-    names, place = np.unique(side.groups, return_inverse=True)
-    classes, said = side.probabilities.shape[1], side.probabilities.argmax(axis=1)
-    found = []
-    for number in np.unique(repeat):
-        rows = repeat == number
-        counts = np.zeros((len(names), classes, classes))
-        np.add.at(counts, (place[rows], side.truth[rows], said[rows]), 1)
-        found.append(counts)
+    repeat = [key[0] for key in first.keys]
+    rows: dict[str, Any] = {"group": first.groups, "fold": first.fold, "repeat": repeat, "seed": seed}
+    (found,) = differences(first.truth, second.probabilities, [first.probabilities], **rows)
     return found
 
 
@@ -119,7 +83,7 @@ class Point:
         return values | {"metrics": self.metrics, "gain": self.gain, "overlap": shared}
 
 
-_NO_GAIN: dict[str, Any] = {"difference": None, "ci95": [None, None]}
+_NO_GAIN = Difference(difference=None, ci95=[None, None], p=None)
 _HOW = {None: "no training", "pretrain": "all its images, without labels", "transfer": "its labels"}
 
 

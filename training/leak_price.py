@@ -6,12 +6,14 @@ A linear probe is enough to see it, and quick; what a fine-tuned network would g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from training import metrics
+from training.bootstrap import Floats, Units
 from training.splits import cross_validation, hold_out
 from training.tasks.frozen import logistic
 
@@ -98,22 +100,22 @@ def _strength(features: np.ndarray, truth: np.ndarray, names: list[str], units: 
 def _priced(
     truth: np.ndarray, image: np.ndarray, group: np.ndarray, groups: list[str], unit: str, resamples: int, seed: int
 ) -> Price:
-    members, codes = np.unique(groups, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
-    weights = np.vstack([np.ones((1, len(members))), draws])  # the first row is the data as they are
-    one, other = (metrics.balanced_accuracy(_confusions(truth, p, codes, weights)) for p in (image, group))
-    gaps = one - other
-    low, high = np.nanpercentile(gaps[1:], [2.5, 97.5])
-    found = Price(float(one[0]), float(other[0]), float(gaps[0]), (float(low), float(high)), "")
-    return Price(found.by_image, found.by_group, found.difference, found.ci95, _sentence(found, unit))
+    classes, once = int(max(truth.max(), image.max(), group.max())) + 1, np.zeros(len(truth), dtype=np.int64)
+    cells, rows = classes * classes, np.tile(np.arange(len(truth)), 2)
+    column = np.concatenate([truth * classes + image, cells + truth * classes + group])
+    counts = csr_array((np.ones(len(rows)), (rows, column)), shape=(len(truth), 2 * cells))
 
+    def values(sums: Floats) -> Floats:
+        """[...,3] of two confusion matrices [...,2 * cells]: by image, by group, and their difference."""
+        both = metrics.balanced_accuracy(sums.reshape(*sums.shape[:-1], 2, classes, classes))
+        return np.concatenate([both, both[..., :1] - both[..., 1:]], axis=-1)
 
-def _confusions(truth: np.ndarray, predicted: np.ndarray, codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[B, C, C] under group weights [B, G]."""
-    classes = int(max(truth.max(), predicted.max())) + 1
-    counts = np.zeros((weights.shape[1], classes * classes))
-    np.add.at(counts, (codes, truth * classes + predicted), 1)
-    return np.asarray((weights @ counts).reshape(-1, classes, classes))
+    draws = Units.of(groups, once, once, resamples=resamples, seed=seed).draw(counts, values)
+    by_image, by_group, difference = draws.values.tolist()
+    low, high = draws.metrics()[2]["ci95"]
+    assert low is not None and high is not None  # of each class there are two groups
+    found = Price(by_image, by_group, difference, (low, high), "")
+    return replace(found, sentence=_sentence(found, unit))
 
 
 def _sentence(found: Price, unit: str) -> str:

@@ -6,16 +6,16 @@ resamples at once. In the code below, G counts groups, B resamples, N rows of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
-from training.bootstrap import Floats, Ints, Metric, group_weights, interval, mean_defined, number, ratio
+from training.bootstrap import Floats, Ints, Metric, Units, group_weights, interval, mean_defined, number, ratio
 
 BINS = 15
 """Bins of the expected calibration error, as in Guo et al., 2017."""
@@ -102,7 +102,7 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int) -> Ints:
 def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> Reliability:
     """Mean top-1 confidence, accuracy and count of rows per bin; bin b holds confidences in (b/bins, (b+1)/bins]."""
     p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
-    which, counts = _bin(p.max(1), bins), np.bincount(_bin(p.max(1), bins), minlength=bins)
+    which, counts = bin_of(p.max(1), bins), np.bincount(bin_of(p.max(1), bins), minlength=bins)
     return Reliability(
         ratio(np.bincount(which, p.max(1), bins), counts),
         ratio(np.bincount(which, (p.argmax(1) == t).astype(np.float64), bins), counts),
@@ -120,7 +120,7 @@ def bin_gaps(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> Fl
     """Each row's right - confidence in the column of its bin, [M,bins]: `ece` is a function of their sums."""
     p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
     gaps = np.zeros((len(p), bins))
-    gaps[np.arange(len(p)), _bin(p.max(1), bins)] = (p.argmax(1) == t) - p.max(1)
+    gaps[np.arange(len(p)), bin_of(p.max(1), bins)] = (p.argmax(1) == t) - p.max(1)
     return gaps
 
 
@@ -133,11 +133,11 @@ def auroc(probabilities: ArrayLike, truth: ArrayLike, weights: ArrayLike | None 
     p, t = np.asarray(probabilities, dtype=np.float64), np.asarray(truth, dtype=np.int64)
     w = np.ones((len(t), 1)) if weights is None else np.asarray(weights, dtype=np.float64)
     judged = [1] if p.shape[1] == 2 else sorted(set(t.tolist()))
-    areas = [_area(p[:, c], t == c, w) for c in judged]
+    areas = [area(p[:, c], t == c, w) for c in judged]
     return mean_defined(np.stack(areas), axis=0) if areas else np.full(w.shape[1], np.nan)
 
 
-def _area(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+def area(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """Weighted Mann-Whitney statistic of scores [N], one per column of the weights [N,B]."""
     order = np.argsort(scores, kind="stable")
     w, mask = weights[order], positive[order, None]
@@ -184,16 +184,7 @@ def summarise(
     bootstrap's estimate of that bias. Fewer than two groups give no interval.
     """
     table = _Table.checked(truth, probabilities, group, fold, repeat)
-    ((point, draws),) = _drawn([table], resamples, seed)
-    per_fold = [_evaluate([part], np.ones((table.groups, 1)))[:, 0] for parts in table.repeats for part in parts]
-    return {
-        name: Metric(
-            value=number(point[i]),
-            ci95=interval(draws[i], point[i], table.groups, unbias=name == "ece"),
-            per_fold=[number(values[i]) for values in per_fold],
-        )
-        for i, name in enumerate((*NAMES, *(ORDINAL if ordered else ())))
-    }
+    return table.summarise((*NAMES, *(ORDINAL if ordered else ())), resamples, seed)
 
 
 class Draws(NamedTuple):
@@ -205,16 +196,48 @@ class Draws(NamedTuple):
     """[as many, B]; column b of every side is of the same resample of groups."""
 
 
-class _Evaluated(Protocol):
-    """A table of predictions, of one class per row or of label sets, whose metrics take row weights."""
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Predictions cut into repeats and folds, whose metrics take weights of the groups."""
 
-    @property
-    def groups(self) -> int: ...
+    repeats: list[list[Any]]
+    """Of each repeat its folds, in the form that `of_folds` takes."""
+    groups: int
 
-    @property
-    def largest(self) -> int: ...
+    def of_folds(self, folds: list[Any], weights: Floats) -> Floats:
+        """Values [S,B] of the folds of one repeat under weights [G,B]."""
+        raise NotImplementedError
 
-    def evaluate(self, weights: Floats) -> Floats: ...
+    def evaluate(self, weights: Floats) -> Floats:
+        """Values [S,B] under weights [G,B]: repeats averaged."""
+        return mean_defined(np.stack([self.of_folds(folds, weights) for folds in self.repeats]), axis=0)
+
+    def summarise(self, names: Sequence[str], resamples: int, seed: int) -> dict[str, Metric]:
+        """The first values, by name, with intervals, and by fold."""
+        ((point, draws),) = drawn([self], resamples, seed)
+        whole = np.ones((self.groups, 1))
+        per_fold = [self.of_folds([fold], whole)[:, 0] for folds in self.repeats for fold in folds]
+        return {
+            name: Metric(
+                value=number(point[i]),
+                ci95=interval(draws[i], point[i], self.groups, unbias=name == "ece"),
+                per_fold=[number(values[i]) for values in per_fold],
+            )
+            for i, name in enumerate(names)
+        }
+
+
+def drawn(tables: Sequence[Table], resamples: int, seed: int) -> list[Draws]:
+    """Values of tables over the same rows, as they are and resampled: every table under the same resamples."""
+    groups = tables[0].groups
+    rows = max(len(fold.truth) for folds in tables[0].repeats for fold in folds)
+    step = max(1, CELLS // max(groups, rows))
+    pieces = [[table.evaluate(w) for table in tables] for w in group_weights(groups, resamples, seed, step)]
+    whole = np.ones((groups, 1))
+    return [
+        Draws(table.evaluate(whole)[:, 0], np.concatenate(parts, axis=1))
+        for table, parts in zip(tables, zip(*pieces, strict=True), strict=True)
+    ]
 
 
 def paired_draws(
@@ -232,7 +255,7 @@ def paired_draws(
     Rows, values and resampling are those of `summarise`: the draws of one side are what its intervals come from.
     """
     tables = [_Table.checked(truth, probabilities, group, fold, repeat) for probabilities in sides]
-    return _drawn(tables, resamples, seed)
+    return drawn(tables, resamples, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,82 +289,44 @@ class _Part:
     def _gaps(self) -> csr_array:
         confidence = self.probabilities.max(1)
         right = self.probabilities.argmax(1) == self.truth
-        return self._by_group(right - confidence, _bin(confidence, BINS), BINS)
+        return self._by_group(right - confidence, bin_of(confidence, BINS), BINS)
 
     def _by_group(self, values: Floats, column: Ints, columns: int) -> csr_array:
         return csr_array((values, (self.group, column)), shape=(self.groups, columns))
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Predictions cut into repeats and folds."""
-
-    repeats: list[list[_Part]]
-    groups: int
-
-    @property
-    def largest(self) -> int:
-        """Rows of the largest fold."""
-        return max(len(part.truth) for parts in self.repeats for part in parts)
+class _Table(Table):
+    """Of one class per row; values are those of `NAMES`, then `ORDINAL`."""
 
     @classmethod
     def checked(
         cls, truth: ArrayLike, probabilities: ArrayLike, group: ArrayLike, fold: ArrayLike, repeat: ArrayLike
     ) -> _Table:
         t, p = np.asarray(truth, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
-        g, f, r = np.asarray(group, dtype=str), np.asarray(fold), np.asarray(repeat)
-        if p.ndim != 2 or p.shape[1] < 2 or not len(p) or any(a.shape != (len(p),) for a in (t, g, f, r)):
-            shapes = ", ".join(str(a.shape) for a in (t, p, g, f, r))
-            raise ValueError(f"shapes {shapes} of truth, probabilities, group, fold, repeat: need [M], [M,C>1], [M]...")
+        if p.ndim != 2 or p.shape[1] < 2 or t.shape != (len(p),) or np.shape(group) != (len(p),):
+            shapes = f"{t.shape}, {p.shape}, {np.shape(group)}"
+            raise ValueError(f"shapes {shapes} of truth, probabilities, group: need [M], [M,C>1], [M]")
+        units = Units.of(group, fold, repeat)
         if t.min() < 0 or t.max() >= p.shape[1]:
             raise ValueError(f"truth {t.min()} to {t.max()}: must index the {p.shape[1]} columns of probabilities")
         if not np.isfinite(p).all():
             raise ValueError(f"probabilities: {(~np.isfinite(p)).any(1).sum()} rows are not finite")
-        if (g == "").any():
-            raise ValueError(f"group: {(g == '').sum()} rows have an empty name; give each ungrouped image its own")
-        names, codes = np.unique(g, return_inverse=True)
         repeats = [
-            [_Part(t[rows], p[rows], codes[rows], len(names)) for rows in _rows_by_value(f, r == k)]
-            for k in np.unique(r)
+            [_Part(t[rows], p[rows], units.group[rows], units.groups) for rows in folds] for folds in units.repeats
         ]
-        return cls(repeats, len(names))
+        return cls(repeats, units.groups)
 
-    def evaluate(self, weights: Floats) -> Floats:
-        """Values [len(NAMES) + len(ORDINAL), B] under group weights [G,B]."""
-        return mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
-
-
-def _evaluate(parts: list[_Part], weights: Floats) -> Floats:
-    """Values [len(NAMES) + len(ORDINAL), B] of the folds of one repeat: pooled, but for auroc, which is their mean."""
-    confusions = sum((part.confusions(weights) for part in parts[1:]), parts[0].confusions(weights))
-    gaps = sum((part.gaps(weights) for part in parts[1:]), parts[0].gaps(weights))
-    areas = mean_defined(np.stack([part.auroc(weights) for part in parts]), axis=0)
-    errors = ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
-    of_confusion = [metric(confusions) for metric in OF_CONFUSION.values()]
-    return np.stack([*of_confusion, areas, errors, mean_level_error(confusions)])
+    def of_folds(self, folds: list[_Part], weights: Floats) -> Floats:
+        """The folds are pooled, but for auroc, which is their mean."""
+        confusions = sum((part.confusions(weights) for part in folds[1:]), folds[0].confusions(weights))
+        gaps = sum((part.gaps(weights) for part in folds[1:]), folds[0].gaps(weights))
+        areas = mean_defined(np.stack([part.auroc(weights) for part in folds]), axis=0)
+        errors = ratio(np.abs(gaps).sum(-1), confusions.sum((-2, -1)))
+        of_confusion = [metric(confusions) for metric in OF_CONFUSION.values()]
+        return np.stack([*of_confusion, areas, errors, mean_level_error(confusions)])
 
 
-def _drawn(tables: Sequence[_Evaluated], resamples: int, seed: int) -> list[Draws]:
-    """Values of tables over the same rows, as they are and resampled."""
-    groups, rows = tables[0].groups, tables[0].largest
-    pieces = [[table.evaluate(w) for table in tables] for w in _resamples(groups, rows, resamples, seed)]
-    whole = np.ones((groups, 1))
-    return [
-        Draws(table.evaluate(whole)[:, 0], np.concatenate(drawn, axis=1))
-        for table, drawn in zip(tables, zip(*pieces, strict=True), strict=True)
-    ]
-
-
-def _resamples(groups: int, rows: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Weights [G,b] of all resamples, in pieces that fit in memory where a fold has at most that many rows."""
-    yield from group_weights(groups, resamples, seed, max(1, CELLS // max(groups, rows)))
-
-
-def _rows_by_value(values: NDArray[np.generic], keep: NDArray[np.bool_]) -> list[Ints]:
-    return [np.flatnonzero(keep & (values == v)) for v in np.unique(values[keep])]
-
-
-def _bin(confidence: Floats, bins: int) -> Ints:
+def bin_of(confidence: Floats, bins: int) -> Ints:
     return np.searchsorted(np.arange(1, bins) / bins, confidence, side="left").astype(np.int64)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
-from training.bootstrap import Floats, Ints, Metric, interval, mean_defined, number, ratio
-from training.metrics import BINS, Reliability, _area, _bin, _drawn, _rows_by_value
+from training.bootstrap import Floats, Ints, Metric, Units, mean_defined, ratio
+from training.metrics import BINS, Draws, Reliability, Table, area, bin_of, drawn
 from training.probabilities import HALF
 
 Sets = NDArray[np.bool_]
@@ -35,7 +35,7 @@ NAMES = (
 def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = BINS) -> Reliability:
     """Mean probability, share of labels that hold and count per bin, over all labels of all rows; see `metrics`."""
     p, t = np.asarray(probabilities, dtype=np.float64).ravel(), np.asarray(truth, dtype=bool).ravel()
-    which = _bin(p, bins)
+    which = bin_of(p, bins)
     counts = np.bincount(which, minlength=bins)
     return Reliability(
         ratio(np.bincount(which, p, bins), counts),
@@ -82,31 +82,14 @@ def summarise(
     and repeats; `ece` the calibration error of all probabilities of all labels. A label that has no row, or that every
     row has, is left out where it makes a value undefined.
     """
-    table = _Table.checked(truth, probabilities, group, fold, repeat)
-    ((point, draws),) = _drawn([table], resamples, seed)
-    per_fold = [_evaluate([part], np.ones((table.groups, 1)))[:, 0] for parts in table.repeats for part in parts]
-    return {
-        name: Metric(
-            value=number(point[i]),
-            ci95=interval(draws[i], point[i], table.groups, unbias=name == "ece"),
-            per_fold=[number(values[i]) for values in per_fold],
-        )
-        for i, name in enumerate(NAMES)
-    }
+    return _Table.checked(truth, probabilities, group, fold, repeat).summarise(NAMES, resamples, seed)
 
 
-def under_weights(
-    truth: ArrayLike,
-    probabilities: ArrayLike,
-    weights: Floats,
-    *,
-    group: ArrayLike,
-    fold: ArrayLike,
-    repeat: ArrayLike,
-) -> dict[str, Floats]:
-    """Every metric of `NAMES`, [B] under weights [G,B] of the groups by their sorted names; rows as in `summarise`."""
-    table = _Table.checked(truth, probabilities, group, fold, repeat)
-    return dict(zip(NAMES, table.evaluate(weights), strict=True))
+def paired_draws(
+    truth: ArrayLike, sides: Sequence[ArrayLike], resamples: int, seed: int, **rows: ArrayLike
+) -> list[Draws]:
+    """As `metrics.paired_draws`, of label sets and in the order of `NAMES`; `rows` are group, fold and repeat."""
+    return drawn([_Table.checked(truth, side, **rows) for side in sides], resamples, seed)
 
 
 def of_each_label(truth: Sets, probabilities: Floats, fold: Ints, repeat: Ints) -> list[dict[str, float]]:
@@ -115,10 +98,11 @@ def of_each_label(truth: Sets, probabilities: Floats, fold: Ints, repeat: Ints) 
     The last two are means over the folds of all repeats, the others pool them; rows are of one repeat.
     """
     said, found = probabilities >= HALF, []
-    parts = [rows for k in np.unique(repeat) for rows in _rows_by_value(fold, repeat == k)]
+    places = np.unique(np.stack([repeat, fold]), axis=1).T
+    parts = [np.flatnonzero((repeat == k) & (fold == v)) for k, v in places]
     for at in range(truth.shape[1]):
         has, says, p = truth[:, at], said[:, at], probabilities[:, at]
-        areas = [_area(p[rows], has[rows], np.ones((len(rows), 1))) for rows in parts]
+        areas = [area(p[rows], has[rows], np.ones((len(rows), 1))) for rows in parts]
         precisions = [average_precision(p[rows], has[rows], np.ones((len(rows), 1))) for rows in parts]
         found.append(
             {
@@ -157,7 +141,7 @@ class _Part:
         """(area under the ROC curve, average precision), [B] each, means over labels."""
         w = weights[self.group]
         columns = [(self.probabilities[:, k], self.truth[:, k]) for k in range(self.truth.shape[1])]
-        areas = np.stack([_area(p, t, w) for p, t in columns])
+        areas = np.stack([area(p, t, w) for p, t in columns])
         precisions = np.stack([average_precision(p, t, w) for p, t in columns])
         return mean_defined(areas, axis=0), mean_defined(precisions, axis=0)
 
@@ -174,7 +158,7 @@ class _Part:
 
     @cached_property
     def _gaps(self) -> csr_array:
-        values, column = (self.truth - self.probabilities).ravel(), _bin(self.probabilities.ravel(), BINS)
+        values, column = (self.truth - self.probabilities).ravel(), bin_of(self.probabilities.ravel(), BINS)
         rows = np.repeat(self.group, self.truth.shape[1])
         return csr_array((values, (rows, column)), shape=(self.groups, BINS))
 
@@ -184,66 +168,49 @@ class _Part:
         return csr_array(ones @ values)
 
 
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Predictions cut into repeats and folds."""
-
-    repeats: list[list[_Part]]
-    groups: int
-
-    @property
-    def largest(self) -> int:
-        """Rows of the largest fold."""
-        return max(len(part.truth) for parts in self.repeats for part in parts)
+class _Table(Table):
+    """Of label sets; values are those of `NAMES`."""
 
     @classmethod
     def checked(
         cls, truth: ArrayLike, probabilities: ArrayLike, group: ArrayLike, fold: ArrayLike, repeat: ArrayLike
     ) -> _Table:
         t, p = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
-        g, f, r = np.asarray(group, dtype=str), np.asarray(fold), np.asarray(repeat)
-        if p.ndim != 2 or not p.size or t.shape != p.shape or any(a.shape != (len(p),) for a in (g, f, r)):
-            shapes = ", ".join(str(a.shape) for a in (t, p, g, f, r))
-            raise ValueError(f"shapes {shapes} of truth, probabilities, group, fold, repeat: need [M,K], [M,K], [M]...")
+        if p.ndim != 2 or not p.size or t.shape != p.shape or np.shape(group) != (len(p),):
+            shapes = f"{t.shape}, {p.shape}, {np.shape(group)}"
+            raise ValueError(f"shapes {shapes} of truth, probabilities, group: need [M,K], [M,K], [M]")
         if not np.isin(t, (0, 1)).all():
             raise ValueError("truth: must be 0 or 1 for each label of each row")
         if not np.isfinite(p).all():
             raise ValueError(f"probabilities: {(~np.isfinite(p)).any(1).sum()} rows are not finite")
-        if (g == "").any():
-            raise ValueError(f"group: {(g == '').sum()} rows have an empty name; give each ungrouped image its own")
-        names, codes = np.unique(g, return_inverse=True)
+        units = Units.of(group, fold, repeat)
+        has = t.astype(bool)
         repeats = [
-            [_Part(t[rows].astype(bool), p[rows], codes[rows], len(names)) for rows in _rows_by_value(f, r == k)]
-            for k in np.unique(r)
+            [_Part(has[rows], p[rows], units.group[rows], units.groups) for rows in folds] for folds in units.repeats
         ]
-        return cls(repeats, len(names))
+        return cls(repeats, units.groups)
 
-    def evaluate(self, weights: Floats) -> Floats:
-        """Values [len(NAMES), B] under group weights [G,B]."""
-        return mean_defined(np.stack([_evaluate(parts, weights) for parts in self.repeats]), axis=0)
-
-
-def _evaluate(parts: Sequence[_Part], weights: Floats) -> Floats:
-    """Values [len(NAMES), B] of the folds of one repeat: pooled, but for those of ranks, which are means of folds."""
-    cells = np.moveaxis(np.sum([part.decisions(weights) for part in parts], axis=0), 1, 0)
-    said_right, said_wrong, missed, left = cells  # [B,K] each
-    exact = np.sum([part.exact(weights) for part in parts], axis=0)
-    gaps = np.sum([part.gaps(weights) for part in parts], axis=0)
-    ranks = np.stack([np.stack(part.ranked(weights)) for part in parts])
-    areas, precisions = mean_defined(ranks, axis=0)
-    balanced = (ratio(said_right, said_right + missed) + ratio(left, left + said_wrong)) / 2
-    wrong = (said_wrong + missed).sum(-1)
-    of_all = ratio(2 * said_right.sum(-1), 2 * said_right.sum(-1) + wrong)
-    decisions = cells.sum((0, -1))
-    return np.stack(
-        [
-            ratio(exact[:, 0], exact[:, 1]),
-            mean_defined(balanced, axis=-1),
-            mean_defined(ratio(2 * said_right, 2 * said_right + said_wrong + missed), axis=-1),
-            of_all,
-            ratio(wrong, decisions),
-            areas,
-            precisions,
-            ratio(np.abs(gaps).sum(-1), decisions),
-        ]
-    )
+    def of_folds(self, folds: list[_Part], weights: Floats) -> Floats:
+        """The folds are pooled, but for what ranks, which are their means."""
+        cells = np.moveaxis(np.sum([part.decisions(weights) for part in folds], axis=0), 1, 0)
+        said_right, said_wrong, missed, left = cells  # [B,K] each
+        exact = np.sum([part.exact(weights) for part in folds], axis=0)
+        gaps = np.sum([part.gaps(weights) for part in folds], axis=0)
+        ranks = np.stack([np.stack(part.ranked(weights)) for part in folds])
+        areas, precisions = mean_defined(ranks, axis=0)
+        balanced = (ratio(said_right, said_right + missed) + ratio(left, left + said_wrong)) / 2
+        wrong = (said_wrong + missed).sum(-1)
+        of_all = ratio(2 * said_right.sum(-1), 2 * said_right.sum(-1) + wrong)
+        decisions = cells.sum((0, -1))
+        return np.stack(
+            [
+                ratio(exact[:, 0], exact[:, 1]),
+                mean_defined(balanced, axis=-1),
+                mean_defined(ratio(2 * said_right, 2 * said_right + said_wrong + missed), axis=-1),
+                of_all,
+                ratio(wrong, decisions),
+                areas,
+                precisions,
+                ratio(np.abs(gaps).sum(-1), decisions),
+            ]
+        )

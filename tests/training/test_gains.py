@@ -12,7 +12,9 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score
 
 from cluster.errors import RayographError
-from training.gains import RESAMPLES, Gain, Point, gain_between, section
+from training.bootstrap import tail_share
+from training.compare import RESAMPLES
+from training.gains import Gain, Point, gain_between, section
 from training.overlap import Overlap
 from training.report import Table, Text, Warning, write_report
 
@@ -44,7 +46,7 @@ def by_hand(path: Path) -> list[dict[str, Any]]:
 def test_gains_are_differences_of_scikit_learn_s_figures_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
     before = predictions(tmp_path / "before.parquet", 0.5, 1, shuffle=3)
     after = predictions(tmp_path / "after.parquet", 0.8, 2)
-    found = gain_between(before, after, CLASSES, seed=0)
+    found: Any = gain_between(before, after, CLASSES, seed=0)
     for name, score in (("balanced_accuracy", balanced_accuracy_score), ("kappa", cohen_kappa_score)):
         values = []
         for rows in (by_hand(before), by_hand(after)):
@@ -64,10 +66,11 @@ def test_the_interval_is_that_of_a_bootstrap_over_groups_with_the_same_draws_on_
     after = predictions(tmp_path / "after.parquet", 0.7, 2, repeats=1)
     first, second = by_hand(before), by_hand(after)
     groups = sorted({row["group"] for row in first})
-    draws = np.random.default_rng(5).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), RESAMPLES)
+    drawn = np.random.default_rng(5).integers(len(groups), size=(RESAMPLES, len(groups)))
     differences = []
-    for draw in draws:
-        weight = np.asarray([draw[groups.index(row["group"])] for row in first])
+    for draw in drawn:
+        counts = np.bincount(draw, minlength=len(groups))
+        weight = np.asarray([counts[groups.index(row["group"])] for row in first])
         scores = []
         for rows in (first, second):
             said = np.asarray([int(np.argmax([row[c] for c in CLASSES])) for row in rows])
@@ -76,15 +79,15 @@ def test_the_interval_is_that_of_a_bootstrap_over_groups_with_the_same_draws_on_
                 np.mean([(weight * (said == truth))[truth == c].sum() / weight[truth == c].sum() for c in range(3)])
             )
         differences.append(scores[1] - scores[0])
-    expected = np.percentile(differences, [2.5, 97.5])
-    np.testing.assert_allclose(
-        gain_between(before, after, CLASSES, seed=5)["balanced_accuracy"]["ci95"], expected, atol=1e-12
-    )
+    expected = np.quantile(differences, [tail_share(len(groups)), 1 - tail_share(len(groups))])
+    found: Any = gain_between(before, after, CLASSES, seed=5)
+    np.testing.assert_allclose(found["balanced_accuracy"]["ci95"], expected, atol=1e-12)
 
 
 def test_a_run_gains_exactly_nothing_over_itself(tmp_path: Path) -> None:
     same = predictions(tmp_path / "same.parquet", 0.6, 1)
-    assert all(g == {"difference": 0.0, "ci95": [0.0, 0.0]} for g in gain_between(same, same, CLASSES, seed=0).values())
+    for gain in gain_between(same, same, CLASSES, seed=0).values():
+        assert (gain["difference"], gain["ci95"], gain["p"]) == (0.0, [0.0, 0.0], 1.0)
 
 
 def test_runs_of_other_images_are_no_pair(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def point(name: str, value: float, gain: tuple[float, float, float] | None, **mo
 
 
 def gained(change: float, low: float | None, high: float | None) -> Gain:
-    return {"balanced_accuracy": {"difference": change, "ci95": [low, high]}}
+    return {"balanced_accuracy": {"difference": change, "ci95": [low, high], "p": None}}
 
 
 def test_the_report_claims_no_more_than_the_intervals_allow(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_gains_of_label_sets_are_those_of_their_metrics(tmp_path: Path) -> None:
         rows |= {"repeat": [0] * len(p), "fold": [0] * len(p)} | {c: p[:, k] for k, c in enumerate(CLASSES)}
         files.append((tmp_path / f"{name}.parquet", p))
         pq.write_table(pa.table(rows), files[-1][0])
-    found = gain_between(files[0][0], files[1][0], CLASSES, several=True, seed=0)
+    found: Any = gain_between(files[0][0], files[1][0], CLASSES, several=True, seed=0)
     scores = [f1_score(labels.truth, p >= 0.5, average="macro") for _, p in files]
     assert found["f1_macro"]["difference"] == pytest.approx(scores[1] - scores[0])
     assert found["balanced_accuracy"]["ci95"][0] > 0 > found["hamming"]["ci95"][1]
