@@ -28,6 +28,9 @@ class Inner:
     raw: NDArray[np.float64]
 
 
+IN_FOLDS = "in each fold on images of its own training part"
+"""Where inner predictions come from, as reports say it."""
+
 Fold = tuple[int, int]
 """(repeat, fold)"""
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from training.bootstrap import Metric, Units, ratio
-from training.calibration import Fold, Inner, rows_by_fold
+from training.calibration import IN_FOLDS, Fold, Inner, rows_by_fold
 from training.report import Block, Table, Text, with_interval
 
 LEVELS = (0.90, 0.95)
@@ -109,8 +109,8 @@ def _judge(
     )
 
 
-def blocks(results: Mapping[str, Sets], images: int) -> list[Block]:
-    """Words and tables for the sets of each level (`"0.90"`) of `images` judged images."""
+def blocks(results: Mapping[str, Sets], images: int, chosen: str = IN_FOLDS) -> list[Block]:
+    """Words and tables for the sets of each level (`"0.90"`) of `images` judged images; `chosen` as in thresholds."""
     names = list(next(iter(results.values()))["coverage_by_class"])
     rows = [
         [f"{float(level):.0%}", *(_shown(sets[key]) for key in ("coverage", "size", "single", "single_right", "empty"))]
@@ -121,8 +121,7 @@ def blocks(results: Mapping[str, Sets], images: int) -> list[Block]:
         Text(
             "A prediction set holds every class that cannot be ruled out for an image, so that the true class is in "
             "it as often as stated. One class in a set: the model commits itself; several or none: it does not know, "
-            "and asks for a second look. What is ruled out was chosen in each fold on images of its own training "
-            "part alone."
+            f"and asks for a second look. What is ruled out was chosen {chosen}."
         ),
         Table(
             ["stated", "true class in the set", "classes per set", "sets of one class", "of those, right", "empty"],

@@ -32,7 +32,7 @@ from training.judgement import Inner, Judged, of_units, summarise
 from training.lineage import own_images, seen_by
 from training.predictions import aligned, read_predictions, write_predictions, write_units
 from training.probabilities import calibrated
-from training.protocol import protocol_of
+from training.protocol import in_words, protocol_of
 from training.report import with_interval
 from training.results import counts_table, data_section, figures_of, unit_blocks
 from training.tasks import pooling
@@ -57,8 +57,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         found = _out_of_fold(config, runs, out) if config.data is None else _unseen(config, config.data, runs, out)
         rivals = _rivals(config, found)
         name = next(iter(runs))
-        chosen: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
-        after, more = statistics_of(found.judged, found.selection, **chosen)
+        asked: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
+        after, more = statistics_of(found.judged, found.selection, **asked, chosen=OUT_OF_FOLD)
         _write_report(config, out, name, found, rivals, after)
         summary = {
             "protocol": found.protocol,
@@ -125,9 +125,8 @@ def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -
         "Protocol",
         [
             report.Text(
-                f"{', '.join(runs)}: each judged by {said['repeats']} x {said['folds']}-fold cross-validation, split "
-                f"by {said['split']}, on the same images in the same folds. Every prediction is of an image that the "
-                "fit which made it was not trained on."
+                f"{', '.join(runs)}: each judged on the same images in the same folds. {in_words(ours.config)} Every "
+                "prediction is of an image that the fit which made it was not trained on."
             ),
             *([report.Warning(_LEAK)] if said["split"] == "image" else []),
             *unit_blocks(units, config.pooling),
@@ -153,6 +152,7 @@ def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -
     )
 
 
+OUT_OF_FOLD = "on what the run had said, out of fold, of the images that it was trained on"
 _OF_UNITS = ("unit", "pooling", "units", "units_left_out")
 _LEAK = (
     "Split by image: pictures of one patient stand on both sides, so the figures of all models are too good, and the "

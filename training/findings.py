@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from training import leak_price, report, retrieval, statistics
-from training.calibration import Inner
+from training.calibration import IN_FOLDS
 from training.dataset import Dataset, Selection
 from training.judgement import Judged
 from training.subgroups import columns_of
@@ -21,7 +21,13 @@ Found = tuple[list[report.Section], dict[str, Any]]
 
 
 def statistics_of(
-    judged: Judged, selection: Selection, *, by: Sequence[str] = (), prevalence: Sequence[float] = (), seed: int = 0
+    judged: Judged,
+    selection: Selection,
+    *,
+    by: Sequence[str] = (),
+    prevalence: Sequence[float] = (),
+    seed: int = 0,
+    chosen: str = IN_FOLDS,
 ) -> Found:
     """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions.
 
@@ -40,7 +46,8 @@ def statistics_of(
         group=[groups[row] for row in judged.rows],
         fold=judged.fold,
         repeat=judged.repeat,
-        inner={key: Inner(one.truth, one.raw) for key, one in judged.inner.items()},
+        inner=judged.inner,
+        chosen=chosen,
         columns={name: [values[row] for row in judged.rows] for name, values in columns.items()},
     )
     return statistics.sections_for(found, prevalence=prevalence, seed=seed)

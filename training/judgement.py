@@ -8,22 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from training import metrics, multilabel
+from training import calibration, metrics, multilabel
 from training.bootstrap import Metric
 from training.fit import FoldResult, Labels
 from training.probabilities import calibrated, temperature_for
 from training.units import Units, pooled
 
 
-@dataclass(frozen=True)
-class Inner:
-    """What a fit said of rows of its own training side that it was not fitted on.
+@dataclass(frozen=True, eq=False)
+class Inner(calibration.Inner):
+    """With the rows [I] of the selection that they are of; truth is [I, K] where images may have several labels."""
 
-    `truth` is [I] or [I, K] as that of `Judged`; `raw` [I, K] is on the scale of its; `rows` [I] are of the selection.
-    """
-
-    truth: np.ndarray
-    raw: np.ndarray
     rows: np.ndarray
 
 

@@ -28,11 +28,6 @@ def short_digests(selection: Selection) -> list[str]:
     return [digest[: 2 * _BYTES] for digest in selection.column("sha256")]
 
 
-def shortened(digests: Iterable[str]) -> frozenset[str]:
-    """Hex sha256 of images as they are kept here."""
-    return frozenset(digest[: 2 * _BYTES] for digest in digests)
-
-
 def seen_by(run: str) -> frozenset[str]:
     """What the model of a RUN, or the weights file in it, has seen; nothing where `run` is neither, as `imagenet`."""
     folder = _model_of(run)

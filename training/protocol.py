@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +65,17 @@ def protocol_of(units: Units, pooling: str) -> dict[str, Any]:
         return {"unit": "image"}
     left_out = int(units.conflicting.sum())
     return {"unit": units.kind, "pooling": pooling, "units": len(units) - left_out, "units_left_out": left_out}
+
+
+_WORDS = {
+    "group": "{repeats} x {folds}-fold cross-validation, stratified by class, no group (patient, slide) on both sides "
+    "of a split.",
+    "image": "{repeats} x {folds}-fold cross-validation, stratified by class, split image by image.",
+    "site": "One site ({site_column}) after the other is left out and judged by a model that saw only the others.",
+    "holdout": "{repeats} x a share of {test_fraction:.0%} of the groups held out, stratified by class.",
+}
+
+
+def in_words(config: Mapping[str, Any]) -> str:
+    """How a transfer of this config judges, in a sentence."""
+    return _WORDS[config["split"]].format(**config)

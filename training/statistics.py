@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from training import conformal, hierarchical, subgroups, thresholds
 from training.bootstrap import Floats, Metric, Units, ratio
 from training.calibration import (
+    IN_FOLDS,
     Fold,
     Inner,
     apply_temperature,
@@ -45,6 +46,8 @@ class Predictions:
     fold: NDArray[np.int64]
     repeat: NDArray[np.int64]
     inner: Mapping[Fold, Inner] = field(default_factory=dict)
+    chosen: str = IN_FOLDS
+    """Where `inner` comes from."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
@@ -130,8 +133,8 @@ def _calibration(
     if found.inner:
         words += (
             " Temperature divides all confidences by one number, isotonic regression bends each class's probabilities; "
-            "both were fitted in each fold on images of its own training part, none on the images judged here. "
-            f"Temperatures of the folds: {_spread(list(temperatures.values()))}."
+            f"both were fitted {found.chosen}, none on the images judged here. "
+            f"Temperature: {_spread(list(temperatures.values()))}."
         )
     blocks: list[Block] = [Text(words), Table(["probabilities", "ECE", "Brier score"], rows, "Calibration")]
     folds = rows_by_fold(found.fold, found.repeat)
@@ -146,7 +149,7 @@ def _thresholds(found: Predictions, units: Units, prevalence: Sequence[float]) -
     inner = {one: (i.truth, apply_temperature(i.raw, temperatures[one])) for one, i in found.inner.items()}
     scaled = scaled_by_fold(found.raw, found.fold, found.repeat, temperatures)
     judged = thresholds.judge(found.classes, found.truth, scaled, found.fold, found.repeat, inner, units, prevalence)
-    return [Section("Thresholds", thresholds.blocks(judged))], {"thresholds": judged}
+    return [Section("Thresholds", thresholds.blocks(judged, found.chosen))], {"thresholds": judged}
 
 
 def _sets(found: Predictions, units: Units, _prevalence: Sequence[float]) -> tuple[list[Section], dict[str, Any]]:
@@ -159,7 +162,7 @@ def _sets(found: Predictions, units: Units, _prevalence: Sequence[float]) -> tup
         for level in conformal.LEVELS
     }
     images = len(np.unique(np.asarray(found.image)))
-    return [Section("Prediction sets", conformal.blocks(sets, images))], {"conformal": sets}
+    return [Section("Prediction sets", conformal.blocks(sets, images, found.chosen))], {"conformal": sets}
 
 
 def _levels(tree: Mapping[str, Metric]) -> list[Block]:

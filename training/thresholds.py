@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from training.bootstrap import Floats, Metric, Units, number, ratio
-from training.calibration import Fold, rows_by_fold
+from training.calibration import IN_FOLDS, Fold, rows_by_fold
 from training.report import Block, Table, Text, with_interval
 
 GOALS: dict[str, float | None] = {"sensitivity 0.90": 0.90, "sensitivity 0.95": 0.95, "Youden": None}
@@ -148,8 +148,8 @@ def _end(metric: Metric, at: int) -> float:
     return float("nan") if end is None else end
 
 
-def blocks(results: Mapping[str, Mapping[str, Judgement]]) -> list[Block]:
-    """Words and tables of thresholds, a row for each class and goal."""
+def blocks(results: Mapping[str, Mapping[str, Judgement]], chosen: str = IN_FOLDS) -> list[Block]:
+    """Words and tables of thresholds, a row for each class and goal; `chosen` says where they come from."""
     rows, at_prevalence = [], []
     shares = list(next(iter(next(iter(results.values())).values()))["at_prevalence"])
     for name, goals in results.items():
@@ -161,9 +161,9 @@ def blocks(results: Mapping[str, Mapping[str, Judgement]]) -> list[Block]:
     found_blocks: list[Block] = [
         Text(
             "Each class against all others: an image is called when the probability of the class reaches the "
-            "threshold. Thresholds were chosen in each fold on images of its own training part, for a wanted "
-            "sensitivity or for the largest sum of sensitivity and specificity (Youden), and judged on the fold's "
-            "test images; so the sensitivity reached may differ from the one wanted."
+            f"threshold. Thresholds were chosen {chosen}, for a wanted sensitivity or for the largest sum of "
+            "sensitivity and specificity (Youden), and judged on the images that are reported here; so the sensitivity "
+            "reached may differ from the one wanted."
         ),
         Table(
             ["class", "chosen for", "threshold", "sensitivity", "specificity", "PPV", "NPV"],

@@ -17,6 +17,7 @@ from training.dataset import Dataset, Selection
 from training.judgement import Judged, guessing
 from training.limits import Known, limits_of, sites_in
 from training.model_card import Trained, first_weights
+from training.protocol import in_words
 from training.results import class_counts, data_section, result_section, unit_blocks
 from training.units import Units
 
@@ -27,13 +28,6 @@ TASKS = {
     "linear": "The network was left as it is; a linear classifier was trained on the numbers it gives for an image.",
     "knn": "The network was left as it is; an image takes the class of those that it gives similar numbers for.",
     "svm": "The network was left as it is; a support vector machine was trained on the numbers it gives for an image.",
-}
-PROTOCOLS = {
-    "group": "{repeats} x {folds}-fold cross-validation, stratified by class, no group (patient, slide) on both sides "
-    "of a split.",
-    "image": "{repeats} x {folds}-fold cross-validation, stratified by class, split image by image.",
-    "site": "One site ({site_column}) after the other is left out and judged by a model that saw only the others.",
-    "holdout": "{repeats} x a share of {test_fraction:.0%} of the groups held out, stratified by class.",
 }
 TUNED = {
     "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",
@@ -117,7 +111,7 @@ class Facts:
         """How it was judged, in two sentences."""
         together = "" if self.unit == "image" else f" The images of a {self.unit} are judged together, as one."
         return (
-            f"{PROTOCOLS[self.config.split].format(**self.config.as_dict())} Every figure is of images that the model "
+            f"{in_words(self.config.as_dict())} Every figure is of images that the model "
             f"judging them was not trained on; intervals come from a bootstrap over groups.{together}"
         )
 

@@ -13,7 +13,7 @@ import pytest
 from sklearn.metrics import brier_score_loss
 
 from training.bootstrap import Units
-from training.calibration import Inner, fold_temperatures, scaled_by_fold
+from training.calibration import IN_FOLDS, Inner, fold_temperatures, scaled_by_fold
 from training.metrics import summarise
 from training.report import Table, write_report
 from training.statistics import Predictions, calibration_error, sections_for
@@ -137,3 +137,10 @@ def test_a_fold_without_inner_predictions_is_refused() -> None:
     inner = {key: value for key, value in data.inner.items() if key != (0, 1)}
     with pytest.raises(ValueError, match=r"\(0, 1\)"):
         sections_for(replace(data, inner=inner))
+
+
+def test_the_report_says_where_thresholds_and_sets_were_chosen() -> None:
+    for data, other in ((predictions(), "elsewhere"), (replace(predictions(), chosen="elsewhere"), IN_FOLDS)):
+        sections = {section.heading: str(section.blocks) for section in sections_for(data, resamples=5)[0]}
+        for heading in ("Calibration", "Thresholds", "Prediction sets"):
+            assert data.chosen in sections[heading] and other not in sections[heading]
