@@ -25,7 +25,7 @@ from cluster.session import cores, session
 from training.artifact import read_card
 from training.configs import Device, InferenceConfig
 from training.dataset import Dataset
-from training.inference import BLOCK_ROWS, StoredReader, embed
+from training.inference import BLOCK_ROWS, StoredReader, embed, embedding_key
 from training.ingest import resolve_data
 
 VECTORS, ROWS = "vectors.safetensors", "rows.arrow"
@@ -60,8 +60,7 @@ def gallery(
     if dataset.image_path != card.image_path:
         say(f"note: {data} was ingested with another size or window than the model's own images")
     table = dataset.select(where, labelled=labelled).table
-    digest = hashlib.sha256("\n".join(map(str, table["image_id"].to_pylist())).encode()).hexdigest()
-    key = hashlib.sha256(f"{hashes['model.safetensors']}\n{dataset.version}\n{digest}".encode()).hexdigest()[:12]
+    key = embedding_key(hashes, dataset, table["image_id"].to_pylist())
     folder = storage.workplace(out) / f".{storage.name_of(data)}-{key}.gallery"
     facts = {"dataset": dataset.version, "images": table.num_rows, "image_path": dataset.image_path.as_dict()}
     if (folder / ROWS).is_file():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -94,6 +95,13 @@ class RunModel:
         answer = model.embed if self.embed else model.probabilities
         values = answer(block["image"], self.batch_size)
         return {"at": block["at"], "reason": block["reason"], "values": values.astype(np.float64)}
+
+
+def embedding_key(hashes: Mapping[str, str], dataset: Dataset, image_ids: Sequence[str]) -> str:
+    """What features of these images under a model, by the sha256 of its files, are kept by."""
+    images = hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
+    known = f"{hashes['model.safetensors']}\n{dataset.version}\n{images}"
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
 def predict(config: InferenceConfig) -> dict[str, Any]:

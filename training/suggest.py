@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from training.dataset import Dataset, Selection
 from training.domain import look_of
 from training.doubt import doubts, neighbour_probabilities
 from training.images import to_channels
-from training.inference import embed
+from training.inference import embed, embedding_key
 from training.ingest import resolve_data
 from training.lineage import seen_by, short_digests
 from training.suggestions import (
@@ -156,8 +155,7 @@ def _require_some(config: SuggestConfig, rows: Rows) -> None:
 def kept_features(config: SuggestConfig, dataset: Dataset, selection: Selection, log: Path) -> np.ndarray:
     """Features float32 [N, D] of a selection under the model, kept beside `--out` by model and data."""
     _, hashes = read_card(config.model)
-    digest = hashlib.sha256("\n".join(selection.column("image_id")).encode()).hexdigest()
-    key = hashlib.sha256(f"{hashes['model.safetensors']}\n{dataset.version}\n{digest}".encode()).hexdigest()[:12]
+    key = embedding_key(hashes, dataset, selection.column("image_id"))
     place = storage.workplace(config.out) / f".{storage.name_of(config.data)}-{key}.embeddings.parquet"
     if place.is_file():
         say(f"features of {len(selection):,} images: kept from before")
