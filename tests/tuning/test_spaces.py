@@ -41,9 +41,12 @@ def test_layer_decay_is_searched_only_where_it_means_something() -> None:
 
 def test_a_field_of_transfer_is_searched_fixed_or_its_own_affair() -> None:
     """A new field of `transfer` must be thought about here."""
-    own = {"data", "out", "task", "folds", "repeats", "split", "workers", "images", "overwrite"}
+    run = {"data", "out", "task", "workers", "images", "overwrite", "stages"}
+    splits = {"folds", "repeats", "split", "test_fraction", "site_column", "label_fraction"}
+    labels = {"multi_label", "order", "unit", "pooling"}  # trials choose by one class per image
+    judged = {"by", "prevalence"}
     names = {field.name for field in fields(TransferConfig)}
-    assert set(STUDIES["transfer"]) | set(FIXED) | own == names
+    assert set(STUDIES["transfer"]) | set(FIXED) | run | splits | labels | judged == names
     assert set(STUDIES["transfer"]).isdisjoint(FIXED)
 
 
