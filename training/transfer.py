@@ -8,34 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file, save_file
-from torch import nn
 
 from cluster import storage
 from cluster.errors import UsageError
 from cluster.outdir import OutDir
-from cluster.progress import progress, say
+from cluster.progress import say
 from cluster.session import cores, session
 from training import domain, report
-from training.artifact import HEAD, ModelCard, forward, model_folder, save_model
+from training.artifact import ModelCard, model_folder, save_model
 from training.attention import Looker, looker_of
 from training.budgets import budget_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
-from training.device import count_workers, device_in, threads_for
+from training.device import count_workers, device_in
 from training.findings import neighbours_of, overlap_with, statistics_of
-from training.fit import (
-    FoldResult,
-    attention_fold,
-    finetune_fold,
-    fit_frozen,
-    frozen_fold,
-    refit_attention,
-    refit_network,
-)
-from training.fits import PROTOCOL, Fits
-from training.folds import run_folds
+from training.fit import FoldResult, attention_fold, refit_attention
+from training.fitting import Fitting, Trained
 from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, judge, of_units
@@ -46,14 +34,11 @@ from training.overlap import groups_of
 from training.predictions import write_predictions, write_units
 from training.protocol import laid_out, protocol_of
 from training.results import figures_of
-from training.splits import Fold, budget
+from training.splits import budget
 from training.subgroups import columns_of
 from training.tasks import pooling
-from training.tasks.finetune import Recipe, recipe_for
 from training.transfer_report import Facts, trained_of, write_transfer_report
-from training.transform import evaluation_view
 from training.units import fold_of_units
-from training.weights import Wanted, initial_weights, located
 
 
 def transfer(config: TransferConfig) -> dict[str, Any]:
@@ -119,22 +104,6 @@ def _interval(metric: Any) -> str:
     return with_interval(metric["value"], metric["ci95"])
 
 
-def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
-    """The first weights that a transfer of this dataset starts from."""
-    return Wanted(
-        init=located(config.init),
-        preset=config.preset,
-        model=config.model,
-        image_size=config.image_size,
-        seed=config.seed,
-        device=device,
-        channels=dataset.channels,
-        mean=tuple(dataset.info["mean"]),
-        std=tuple(dataset.info["std"]),
-        extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
-    )
-
-
 class _Study:
     """One transfer: its rows, its folds, and what becomes of them."""
 
@@ -154,25 +123,31 @@ class _Study:
         """Further keys of the summary."""
 
     def run(self, device: str, workers: int) -> None:
-        self._prepare(device)
-        self._announce(workers)
-        if self.config.task == "finetune":
-            results, network, features, best = self._finetune(workers)
-            estimator = None
-        else:
-            results, network, features, estimator = self._frozen(workers)
-            best = 0
-        self.results = sorted((r for r in results if r.share == self.share), key=lambda r: (r.repeat, r.fold))
-        images = self._judge(results)
+        self.fitting = fitting = Fitting(
+            self.config,
+            self.dataset,
+            self.selection,
+            self.classes,
+            self.labels,
+            self.folds,
+            self.share,
+            self.kept,
+            self.out,
+            device,
+            workers,
+        )
+        self.initial, self.pixels = fitting.initial, fitting.pixels
+        trained = fitting.run()
+        self.results = sorted((r for r in trained.results if r.share == self.share), key=lambda r: (r.repeat, r.fold))
+        images = self._judge(trained.results)
         self.by_image = images[self.share]
-        self.budgets = self._judge_units(images, workers)
+        self.budgets = self._judge_units(images)
         self.judged = self.budgets[self.share]
-        self.best_epoch = best
-        self.domain = self._domain(features)
-        own = None if estimator is None else estimator.estimators if self.labels.several else estimator.estimator
-        looker = looker_of(network, self.initial.input, own, len(self.classes))
-        facts = self._facts(looker.method)
-        self._write_model(network, estimator, facts)
+        self.best_epoch = trained.best_epoch
+        self.domain = self._domain(trained.features)
+        looker = looker_of(trained.network, self.initial.input, trained.estimator, len(self.classes))
+        facts = self._facts(trained, looker.method)
+        self._write_model(trained, facts)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
         write_transfer_report(self.out.path, facts, self._mistakes(looker, facts.method), self._more_sections())
@@ -188,7 +163,9 @@ class _Study:
         found.append(statistics_of(judged, self.selection, **chosen))
         found.append(overlap_with(seen_by(config.init), self.dataset, self.selection, judged, seed=config.seed))
         if config.init != "none":  # random weights know no neighbours
-            found.append(neighbours_of(self._features(), labels.truth, labels.names, labels.groups, seed=config.seed))
+            found.append(
+                neighbours_of(self.fitting.features(), labels.truth, labels.names, labels.groups, seed=config.seed)
+            )
         values = [more.pop("metrics", {}) | more.get("retrieval", {}) for _, more in found]
         self.more = {key: value for _, more in found for key, value in more.items() if key != "retrieval"}
         self.more["metrics"] = {name: metric for part in values for name, metric in part.items()}
@@ -207,7 +184,7 @@ class _Study:
             found[share] = judge(own, self.labels, self.classes, self.config.seed, ordered=ordered)
         return found
 
-    def _judge_units(self, images: dict[float, Judged], workers: int) -> dict[float, Judged]:
+    def _judge_units(self, images: dict[float, Judged]) -> dict[float, Judged]:
         """The same of the units: pooled from that of the images, or of an attention over their features."""
         config, groups = self.config, self.labels.groups
         if config.unit == "image":
@@ -216,104 +193,12 @@ class _Study:
             ordered = bool(config.order)
             return {s: of_units(one, self.units, groups, config.seed, ordered=ordered) for s, one in images.items()}
         folds = [fold_of_units(self.units, fold) for fold in self.folds]
-        shared = (self._features(), self.labels, self.units, len(self.classes), config.seed)
-        fits = self._fits("attention", {"unit_of_image": self.units.of_row.tolist(), "images": self._ids})
-        results = self._each_fold(attention_fold, shared, workers, folds, fits)
-        best = int(np.median([r.best_epoch for r in results if r.share == self.share]))
-        self.pooler = refit_attention(*shared, self.kept, best)
+        shared = (self.fitting.features(), self.labels, self.units, len(self.classes), config.seed)
+        subject = {"unit_of_image": self.units.of_row.tolist(), "images": self.fitting.image_ids}
+        kept: dict[str, Any] = {"what": "attention", "kept_in": "attention", "more": subject}
+        results = self.fitting.each_fold(attention_fold, *shared, folds=folds, **kept)
+        self.pooler = refit_attention(*shared, self.kept, self.fitting.median_epoch(results))
         return self._judge(results)
-
-    def _prepare(self, device: str) -> None:
-        """First weights and pixels, for the device that the session offers."""
-        config, dataset = self.config, self.dataset
-        self.device = device
-        self.wanted = wanted_for(config, dataset, device)
-        self.initial = initial_weights(self.wanted)
-        self.pixels = dataset.pixels(self.selection)
-
-    def _announce(self, workers: int) -> None:
-        network = self.initial.architecture
-        say(
-            f"{self.config.task}: {len(self.selection):,} labelled images, {len(set(self.labels.groups)):,} groups, "
-            f"{len(self.classes)} classes; {len(self.folds)} fits, split by {self.config.split}, {workers} at a time"
-        )
-        digest = self.initial.provenance.get("sha256", "")
-        say(
-            f"initial weights: {self.config.init}{f' (sha256 {digest})' if digest else ''}; "
-            f"{network.name} at {network.height}x{network.width}, {network.channels} channels, on {self.device}"
-        )
-
-    def _recipe(self, workers: int) -> Recipe:
-        return recipe_for(self.config, self.wanted, len(self.classes), threads_for(workers))
-
-    def _finetune(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, int]:
-        shared = (self._recipe(workers), self.pixels, self.labels)
-        results = self._each_fold(finetune_fold, shared, workers, self.folds, self._fits())
-        best = int(np.median([r.best_epoch for r in results if r.share == self.share]))
-        say(f"refitting on {len(self.kept):,} images for {best} epochs, the median of the folds")
-        alone = (self._recipe(1), self.pixels, self.labels, self.kept)
-        ((state, features),) = run_folds(refit_network, alone, [(best,)], workers=1, gpu=self.device == "cuda")
-        network = self.initial.architecture.build(len(self.classes))
-        network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
-        return results, network, features, best
-
-    def _frozen(self, workers: int) -> tuple[list[FoldResult], nn.Module, np.ndarray, Any]:
-        features = self._features()
-        task, count, seed = self.config.task, len(self.classes), self.config.seed
-        shared = (task, features, self.labels, count, seed)
-        results = self._each_fold(frozen_fold, shared, workers, self.folds, self._fits())
-        estimator = fit_frozen(task, features, self.labels, self.kept, count, seed)
-        return results, self.initial.network, features[self.kept], estimator
-
-    def _features(self) -> np.ndarray:
-        """Features of all labelled rows under the initial network, kept for an interrupted run."""
-        cache = self.out.path / "features.safetensors"
-        if not cache.exists():
-            torch.set_num_threads(cores())
-            network, parts = self.initial.network.eval().to(self.device), []
-            with torch.inference_mode(), progress("features", len(self.pixels), "images") as bar:
-                for at in range(0, len(self.pixels), 64):
-                    images = evaluation_view(self.pixels[at : at + 64], self.initial.input, self.device)
-                    parts.append(forward(network, images)[0].float().cpu().numpy())
-                    bar.advance(len(images))
-            network.cpu()
-            partial = cache.with_name(f".{cache.name}")
-            save_file({"features": np.concatenate(parts)}, partial)
-            storage.publish_file(partial, cache)
-        return np.asarray(load_file(cache)["features"])
-
-    def _each_fold(
-        self, fit: Any, shared: tuple[Any, ...], workers: int, folds: list[Fold], fits: Fits
-    ) -> list[FoldResult]:
-        """Results of all folds; those finished before an interruption are read, not computed again."""
-        done = [(fold, fits.load(fold)) for fold in folds]
-        found = [result for _, result in done if result is not None]
-        missing = {(f.share, f.repeat, f.fold): f for f, result in done if result is None}
-        what = self.config.task if fit is not attention_fold else "attention"
-        with progress(what, len(folds), "folds", done=len(found)) as bar:
-            each = [(fold,) for fold in missing.values()]
-            for result in run_folds(fit, shared, each, workers=workers, gpu=self.device == "cuda"):
-                fits.save(missing[result.share, result.repeat, result.fold], result)
-                self.out.push()
-                found.append(result)
-                bar.advance(1)
-        return found
-
-    def _fits(self, folder: str = "folds", more: dict[str, Any] | None = None) -> Fits:
-        chosen = {k: v for k, v in self.config.identity().items() if k not in PROTOCOL}
-        subject = {
-            "config": chosen | {"by_group": self.config.split != "image"},
-            "initial": self.initial.provenance,
-            "dataset": self.dataset.version,
-            "labels": self.labels.names,
-            "groups": self.labels.groups,
-            **(more or {}),
-        }
-        return Fits(self.out.path / folder, subject, self._ids)
-
-    @property
-    def _ids(self) -> list[str]:
-        return self.selection.column("image_id")
 
     def _domain(self, features: np.ndarray) -> domain.Domain:
         """What the training set looks like, from the features that the final network gives it."""
@@ -327,12 +212,12 @@ class _Study:
         kept = kept[domain.sampled_rows(len(kept), domain.LARGEST)] if len(features) < len(kept) else kept
         return domain.learn(features, kept, np.concatenate([r.distances for r in self.results]), np.concatenate(far))
 
-    def _card(self) -> ModelCard:
+    def _card(self, head: str) -> ModelCard:
         return ModelCard(
             architecture=self.initial.architecture,
             image_path=self.dataset.image_path,
             input=self.initial.input,
-            head="network" if self.config.task == "finetune" else "estimator",
+            head=head,
             classes=tuple(self.classes),
             ordered=bool(self.config.order),
             activation="sigmoid" if self.labels.several else "softmax",
@@ -349,14 +234,14 @@ class _Study:
             },
         )
 
-    def _facts(self, method: str) -> Facts:
+    def _facts(self, trained: Trained, method: str) -> Facts:
         return Facts(
             name=storage.name_of(self.config.out),
             config=self.config,
             dataset=self.dataset,
             selection=self.selection,
             judged=self.judged,
-            card=self._card(),
+            card=self._card(trained.head),
             best_epoch=self.best_epoch,
             shared=len(own_images(self.selection) & seen_by(self.config.init)),
             method=method,
@@ -378,14 +263,14 @@ class _Study:
             judged="images" if self.config.unit != "image" else "",
         )
 
-    def _write_model(self, network: nn.Module, estimator: Any, facts: Facts) -> None:
+    def _write_model(self, trained: Trained, facts: Facts) -> None:
         own, init = own_images(self.selection), self.config.init
-        labelled = labelled_by(init) | (own if estimator is None else frozenset())
+        labelled = labelled_by(init) | (own if trained.taught else frozenset())
         files = [(domain.REFERENCE, self.domain.dumps()), (README, model_card(facts.card, trained_of(facts)).encode())]
-        files += [(HEAD, estimator.dumps())] if estimator is not None else []
+        files += trained.files
         files += [(pooling.FILE, self.pooler.dumps(self.judged.temperature))] if self.pooler is not None else []
         folder, seen = self.out.path / "model", own | seen_by(init)
-        save_model(folder, facts.card, network, seen=seen, labelled=labelled, files=files)
+        save_model(folder, facts.card, trained.network, seen=seen, labelled=labelled, files=files)
 
     def _write_predictions(self) -> None:
         write_predictions(self.out.path, self.selection, self.by_image)

@@ -1,0 +1,221 @@
+"""The tasks of `transfer`: each makes fits and a refitted model out of labelled rows and first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from cluster import storage
+from cluster.outdir import OutDir
+from cluster.progress import progress, say
+from cluster.session import cores
+from training.artifact import HEAD, forward
+from training.configs import TransferConfig
+from training.dataset import Dataset, Selection
+from training.device import threads_for
+from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.fits import PROTOCOL, Fits
+from training.folds import run_folds
+from training.splits import Fold
+from training.tasks.finetune import Recipe, recipe_for
+from training.tasks.label_sets import LabelSets
+from training.transform import evaluation_view
+from training.weights import Wanted, initial_weights, located
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a task leaves: a result per fit, and the model refitted on all rows that the run keeps."""
+
+    results: list[FoldResult]
+    network: nn.Module
+    features: np.ndarray
+    """Of (a sample of) the kept rows under the final network: what the model's domain is learnt from."""
+    best_epoch: int = 0
+    head: str = "network"
+    """As in `ModelCard`."""
+    estimator: Any = None
+    """The classifier on features whose weights tell where it looks; None where the network is its own."""
+    files: tuple[tuple[str, bytes], ...] = ()
+    """Named parts of the artifact beside the network's weights."""
+    taught: bool = True
+    """Whether labels had a part in the network's weights."""
+
+
+@dataclass(eq=False)
+class Fitting:
+    """What every task works on, with the machinery that all share: fits kept by content, features kept by the run."""
+
+    config: TransferConfig
+    dataset: Dataset
+    selection: Selection
+    classes: list[str]
+    labels: Labels
+    folds: list[Fold]
+    """Of every share of the labels."""
+    share: float
+    """The largest share: the run's own, whose fits decide the refit."""
+    kept: np.ndarray
+    """Rows that the refitted model learns from."""
+    out: OutDir
+    device: str
+    workers: int
+    """Fits at a time."""
+
+    def __post_init__(self) -> None:
+        self.wanted = wanted_for(self.config, self.dataset, self.device)
+        self.initial = initial_weights(self.wanted)
+        self.pixels = self.dataset.pixels(self.selection)
+
+    def run(self) -> Trained:
+        """The config's task."""
+        self._announce()
+        return TASKS[self.config.task](self)
+
+    def _announce(self) -> None:
+        config, network = self.config, self.initial.architecture
+        say(
+            f"{config.task}: {len(self.selection):,} labelled images, {len(set(self.labels.groups)):,} groups, "
+            f"{len(self.classes)} classes; {len(self.folds)} fits, split by {config.split}, {self.workers} at a time"
+        )
+        digest = self.initial.provenance.get("sha256", "")
+        say(
+            f"initial weights: {config.init}{f' (sha256 {digest})' if digest else ''}; "
+            f"{network.name} at {network.height}x{network.width}, {network.channels} channels, on {self.device}"
+        )
+
+    def recipe(self, workers: int) -> Recipe:
+        """How a network is trained where `workers` do so at a time."""
+        return recipe_for(self.config, self.wanted, len(self.classes), threads_for(workers))
+
+    def alone(self, fit: Callable[..., Any], *arguments: Any) -> Any:
+        """What one fit by itself, such as the final one, returns: with all threads, in a task of Ray's."""
+        (found,) = run_folds(fit, arguments, [()], workers=1, gpu=self.device == "cuda")
+        return found
+
+    def median_epoch(self, results: list[FoldResult]) -> int:
+        """The median best epoch of the fits with the run's own share of the labels."""
+        return int(np.median([r.best_epoch for r in results if r.share == self.share]))
+
+    def features(self) -> np.ndarray:
+        """Features [N, D] of all labelled rows under the initial network, kept for an interrupted run."""
+        cache = self.out.path / "features.safetensors"
+        if not cache.exists():
+            torch.set_num_threads(cores())
+            network, parts = self.initial.network.eval().to(self.device), []
+            with torch.inference_mode(), progress("features", len(self.pixels), "images") as bar:
+                for at in range(0, len(self.pixels), 64):
+                    images = evaluation_view(self.pixels[at : at + 64], self.initial.input, self.device)
+                    parts.append(forward(network, images)[0].float().cpu().numpy())
+                    bar.advance(len(images))
+            network.cpu()
+            partial = cache.with_name(f".{cache.name}")
+            save_file({"features": np.concatenate(parts)}, partial)
+            storage.publish_file(partial, cache)
+        return np.asarray(load_file(cache)["features"])
+
+    def each_fold(
+        self,
+        fit: Callable[..., FoldResult],
+        *shared: Any,
+        what: str = "",
+        folds: list[Fold] | None = None,
+        kept_in: str = "folds",
+        more: dict[str, Any] | None = None,
+    ) -> list[FoldResult]:
+        """`fit(*shared, fold)` of all folds; those finished before an interruption are read, not computed again.
+
+        Args:
+            what: the progress bar's name; the task's where empty.
+            folds: those of images where None.
+            kept_in: folder of the RUN that keeps the results.
+            more: all that decides a result beside config, first weights, labels and the fold's rows.
+        """
+        fits = self._fits(kept_in, more or {})
+        done = [(fold, fits.load(fold)) for fold in (self.folds if folds is None else folds)]
+        found = [result for _, result in done if result is not None]
+        missing = {(f.share, f.repeat, f.fold): f for f, result in done if result is None}
+        with progress(what or self.config.task, len(done), "folds", done=len(found)) as bar:
+            each = [(fold,) for fold in missing.values()]
+            for result in run_folds(fit, shared, each, workers=self.workers, gpu=self.device == "cuda"):
+                fits.save(missing[result.share, result.repeat, result.fold], result)
+                self.out.push()
+                found.append(result)
+                bar.advance(1)
+        return found
+
+    def _fits(self, folder: str, more: dict[str, Any]) -> Fits:
+        chosen = {k: v for k, v in self.config.identity().items() if k not in PROTOCOL}
+        subject = {
+            "config": chosen | {"by_group": self.config.split != "image"},
+            "initial": self.initial.provenance,
+            "dataset": self.dataset.version,
+            "labels": self.labels.names,
+            "groups": self.labels.groups,
+            **more,
+        }
+        return Fits(self.out.path / folder, subject, self.image_ids)
+
+    @property
+    def image_ids(self) -> list[str]:
+        return self.selection.column("image_id")
+
+
+def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
+    """The first weights that a transfer of this dataset starts from."""
+    return Wanted(
+        init=located(config.init),
+        preset=config.preset,
+        model=config.model,
+        image_size=config.image_size,
+        seed=config.seed,
+        device=device,
+        channels=dataset.channels,
+        mean=tuple(dataset.info["mean"]),
+        std=tuple(dataset.info["std"]),
+        extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
+    )
+
+
+def finetune(fitting: Fitting) -> Trained:
+    """The whole network is trained; the refit takes the median best epoch of the folds."""
+    results = fitting.each_fold(finetune_fold, fitting.recipe(fitting.workers), fitting.pixels, fitting.labels)
+    best = fitting.median_epoch(results)
+    say(f"refitting on {len(fitting.kept):,} images for {best} epochs, the median of the folds")
+    alone = (fitting.recipe(1), fitting.pixels, fitting.labels, fitting.kept, best)
+    state, features = fitting.alone(refit_network, *alone)
+    network = fitting.initial.architecture.build(len(fitting.classes))
+    network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+    return Trained(results, network, features, best)
+
+
+def frozen(fitting: Fitting) -> Trained:
+    """A classifier on the features of the first weights, which stay as they are."""
+    config, features = fitting.config, fitting.features()
+    shared = (config.task, features, fitting.labels)
+    count, seed = len(fitting.classes), config.seed
+    results = fitting.each_fold(frozen_fold, *shared, count, seed)
+    estimator = fit_frozen(*shared, fitting.kept, count, seed)
+    return Trained(
+        results,
+        fitting.initial.network,
+        features[fitting.kept],
+        head="estimator",
+        estimator=estimator.estimators if isinstance(estimator, LabelSets) else estimator.estimator,
+        files=((HEAD, estimator.dumps()),),
+        taught=False,
+    )
+
+
+TASKS: dict[str, Callable[[Fitting], Trained]] = {
+    "finetune": finetune,
+    "linear": frozen,
+    "knn": frozen,
+    "svm": frozen,
+}
