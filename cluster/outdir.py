@@ -66,6 +66,7 @@ class OutDir:
         identity: Values,
         raisable: Values,
         overwrite: bool,
+        defaults: Values | None = None,
         lazy: Collection[str] = (),
         pace: Pace | None = None,
     ) -> OutDir:
@@ -77,6 +78,7 @@ class OutDir:
             identity: those that decide the result, compared with the ones of an existing folder.
             raisable: those that may have grown since, such as `epochs`, whether or not `identity` has them too.
             overwrite: throw away what is there, if it is empty or a result of ours.
+            defaults: of fields that the version which began the result may not have had; it did as they say.
             lazy: names in it that are not fetched to scratch, because whoever needs them reads them at `uri`.
             pace: how long the lease of a URI lives.
 
@@ -93,6 +95,7 @@ class OutDir:
             yaml_values(config),
             yaml_values(identity),
             yaml_values(raisable),
+            yaml_values(defaults or {}),
             f"--out {storage.printable(path)}",
         )
         out = cls._remote(path, wanted, overwrite, lazy, pace) if not storage.is_local(path) else None
@@ -207,6 +210,7 @@ class _Wanted:
     config: Values
     identity: Values
     raisable: Values
+    defaults: Values
     where: str
     """How errors begin."""
 
@@ -220,7 +224,7 @@ def _claim(folder: Path, wanted: _Wanted, overwrite: bool) -> Literal["new", "re
     if overwrite or _is_erased(folder):
         _erase(folder)
         return _start(folder, wanted)
-    stored = _stored(folder, wanted.where)
+    stored = wanted.defaults | _stored(folder, wanted.where)
     _refuse_other(wanted, stored)
     raised = any(value != stored[name] for name, value in wanted.raisable.items())
     finished = (folder / SUMMARY).exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -36,7 +36,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: _plain(v) for k, v in values.items()}
 
     def open_out(self, verb: str, lazy: Collection[str] = ()) -> OutDir:
         """The `--out` of this config, claimed for it; `lazy` and errors as `OutDir.open`."""
@@ -49,6 +49,7 @@ class Config:
             identity=self.identity(),
             raisable=raisable,
             overwrite=values["overwrite"],
+            defaults={f.name: _plain(f.default) for f in fields(self) if f.default is not MISSING},
             lazy=lazy,
         )
 
@@ -56,6 +57,10 @@ class Config:
         if not ok:
             flag = field.replace("_", "-")
             raise UsageError(f"--{flag} {getattr(self, field)}: {rule}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load_yaml(path: str, config_class: type, *, verb: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import yaml
 from cluster.errors import LockedError, RayographError, UsageError
 from cluster.outdir import OutDir
 from cluster.outfile import OutFile, claim_file
+from training.configs import SuggestConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {"data": "images", "epochs": 10, "workers": "2:4", "lr": 1e-5, "where": [], "model": None}
@@ -66,6 +67,23 @@ def holder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subproces
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def test_a_run_of_a_version_with_fewer_flags_did_what_the_new_ones_defaults_say(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    with SuggestConfig(model="m", data="d", out=run).open_out("suggest"):
+        pass
+    stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    del stored["unlike"], stored["where"]
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(stored))
+    with SuggestConfig(model="m", data="d", out=run).open_out("suggest") as out:
+        assert out.state == "resume"
+    with pytest.raises(UsageError, match=r"unlike differs \(False there, True now\)"):
+        SuggestConfig(model="m", data="d", out=run, unlike=True).open_out("suggest")
+    del stored["data"]  # which has no default
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(UsageError, match="names no data"):
+        SuggestConfig(model="m", data="d", out=run).open_out("suggest")
 
 
 def test_a_new_folder_holds_config_and_log_and_is_resumed_by_the_same_config(tmp_path: Path) -> None:
