@@ -75,13 +75,13 @@ def test_a_run_of_a_version_with_fewer_flags_did_what_the_new_ones_defaults_say(
         pass
     stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     del stored["unlike"], stored["where"]
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(stored))
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
     with SuggestConfig(model="m", data="d", out=run).open_out("suggest") as out:
         assert out.state == "resume"
     with pytest.raises(UsageError, match=r"unlike differs \(False there, True now\)"):
         SuggestConfig(model="m", data="d", out=run, unlike=True).open_out("suggest")
     del stored["data"]  # which has no default
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(stored))
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
     with pytest.raises(UsageError, match="names no data"):
         SuggestConfig(model="m", data="d", out=run).open_out("suggest")
 
