@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/rayograph demo --out demo
 
 test: check
-	$(PYTEST) -m "not chaos"
+	$(PYTEST) -m "not chaos" --durations=40 --durations-min=5
 
 quick: $(STAMP)
 	$(PYTEST) -m "not slow and not chaos"

@@ -113,9 +113,9 @@ class _Chain:
         device = None if in_cluster() else choose_device(config.device)
         stages.architectures(read, [3] * len(read), device)  # a misfit is told before images are read
         before = stages.origin_key(read[0].config.init)
-        data = [resolve_data(stage.config.data, out=config.out) for stage in read]
+        data = [resolve_data(stage.config.data, out=config.out, images=config.images) for stage in read]
         networks = stages.architectures(read, [each.channels for each in data], device)
-        target = resolve_data(config.data, out=config.out)
+        target = resolve_data(config.data, out=config.out, images=config.images)
         judged = target.select(config.where, labelled=True)
         layout = laid_out(config, judged)
         links: list[Planned] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from cluster.errors import ResourceError, UsageError
 from cluster.session import Resources, cores
@@ -117,10 +116,3 @@ def require_room(found: Resources, workers: int, device: str) -> None:
 def threads_for(workers: int) -> int:
     """Torch threads of each of `workers` processes on this machine."""
     return max(1, cores() // workers)
-
-
-def describe(device: str) -> dict[str, Any]:
-    import torch
-
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    return {"device": device, "name": name, "torch": torch.__version__}

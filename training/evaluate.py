@@ -166,7 +166,7 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
     size = [
         max(side) for side in zip(*((c.image_path.height, c.image_path.width) for c in cards.values()), strict=True)
     ]
-    dataset = resolve_data(data, out=config.out, image_size=f"{size[0]}x{size[1]}")
+    dataset = resolve_data(data, out=config.out, image_size=f"{size[0]}x{size[1]}", images=config.images)
     selection = dataset.select(config.where, labelled=True)
     card = cards[config.model]
     classes = list(card.classes)

@@ -363,14 +363,16 @@ def _tell(config: IngestConfig, summary: dict[str, Any], listing: Listing) -> No
         )
 
 
-def resolve_data(data: str, *, out: str, image_size: str = "auto") -> Dataset:
-    """The DATASET at `data`; any other SOURCE is ingested into a cache beside `out` first."""
+def resolve_data(data: str, *, out: str, image_size: str = "auto", images: bool = True) -> Dataset:
+    """The DATASET at `data`; any other SOURCE is ingested into a cache beside `out` first, whose report has pictures
+    only with `images`."""
     if is_dataset(data):
         return Dataset.open(data)
     if CONFIG in storage.list_names(data):
         raise UsageError(f"{data}: not a finished DATASET; run its ingest again")
     name = storage.name_of(data).replace(":", "-") or "data"
-    tag = hashlib.sha256(f"{data}\n{image_size}".encode()).hexdigest()[:8]
+    plain = "" if images else "\nno images"
+    tag = hashlib.sha256(f"{data}\n{image_size}{plain}".encode()).hexdigest()[:8]
     cache = storage.sibling(out, f".{name}-{tag}.dataset")
-    ingest(IngestConfig(data, out=cache, image_size=image_size))
+    ingest(IngestConfig(data, out=cache, image_size=image_size, images=images))
     return Dataset.open(cache)

@@ -27,7 +27,6 @@ IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".jp2", ".mpo")
 )
 UNLABELLED_FOLDERS = frozenset({"unlabelled", "unlabeled"})
-CORE_COLUMNS = ("path", "label", "group", "case")
 
 
 class Reader(Protocol):

@@ -86,7 +86,7 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
         started = time.monotonic()
         card, _ = read_card(config.model)
         size = f"{card.image_path.height}x{card.image_path.width}"
-        dataset = resolve_data(config.data, out=config.out, image_size=size)
+        dataset = resolve_data(config.data, out=config.out, image_size=size, images=config.images)
         rows = sort_out(dataset, dataset.select(config.where))
         _require_some(config, rows)
         features = kept_features(config, dataset, rows.selection, out.log)

@@ -72,7 +72,7 @@ class Chain(Protocol):
 
 def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -> dict[str, Any]:
     """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
-    dataset = resolve_data(config.data, out=config.out)
+    dataset = resolve_data(config.data, out=config.out, images=config.images)
     selection = dataset.select(config.where, labelled=True)
     refuse_taught(config.init, dataset, selection)
     study = _Study(config, dataset, selection, out, chain)

@@ -41,6 +41,8 @@ class Study:
     vit: tuple[str, ...]
     imagenet: tuple[str, ...]
     """Further flags of transfers, for each network: each has an input size of its own."""
+    finetune: tuple[str, ...]
+    """Further flags of fine-tuning."""
     yardsticks: tuple[tuple[str, str, str, str], ...]
     """(name, accuracy, kappa, balanced accuracy) measured once, elsewhere, on the same copies."""
 
@@ -58,6 +60,7 @@ STUDIES = {
         ("--turns",),
         (),
         (),
+        ("--label-fraction", "0.25", "1.0"),
         (
             ("ImageNet, frozen, SVM, 224 px", "0.535", "0.442", "0.561"),
             ("ImageNet, fine-tuned, 128 px", "0.586", "0.506", "0.636"),
@@ -71,13 +74,16 @@ STUDIES = {
         ("--where", "modality=oct"),
         ("--image-size", "48x120"),
         ("--image-size", "64x160"),
+        (),
         (
             ("ImageNet, frozen, SVM, 224 px", "0.745", "0.422", "0.487"),
             ("ImageNet, fine-tuned, 128 px", "0.793", "0.589", "0.660"),
         ),
     ),
 }
-TASKS = (("finetune", ("--epochs", EPOCHS)), ("linear", ()), ("svm", ()))
+BUDGETS = ("0.1", "0.25", "0.5", "1.0")
+INITS = ("SSL", "ImageNet", "none")
+TASKS = (("linear", ("--label-fraction", *BUDGETS)), ("svm", ()), ("finetune", ("--epochs", EPOCHS)))
 
 
 def run(arguments: list[str]) -> float:
@@ -89,16 +95,17 @@ def run(arguments: list[str]) -> float:
 
 
 def transfers(name: str) -> list[tuple[str, str, Path, list[str]]]:
-    """(initial weights, task, folder, command) of each transfer of a study."""
+    """(initial weights, task, folder, command) of each transfer of a study, the cheap ones first."""
     study, found = STUDIES[name], []
     for task, flags in TASKS:
-        for label, init in (("SSL", str(CACHE / f"{name}-mae")), ("ImageNet", "imagenet"), ("none", "none")):
-            if label == "none" and task != "finetune":
+        for label in INITS:
+            if label == "none" and task == "svm":
                 continue
+            init = {"SSL": str(CACHE / f"{name}-mae"), "ImageNet": "imagenet", "none": "none"}[label]
             out = CACHE / f"{name}-{task}-{label.lower()}"
-            size = study.imagenet if label == "ImageNet" else study.vit
             command = ["transfer", "--data", str(CACHE / name), "--out", str(out), "--init", init, "--task", task]
-            found.append((label, task, out, [*command, *flags, *study.transfer, *size]))
+            more = study.finetune if task == "finetune" else ()
+            found.append((label, task, out, [*command, *flags, *more, *study.transfer, *study.features(label)]))
     return found
 
 
@@ -111,41 +118,47 @@ def compute(name: str) -> None:
         run(command)
 
 
-BUDGETS = ("0.1", "0.25", "0.5", "1.0")
 CHEST = ("--split", "image")
 """The chest CT set names no patients: it can be judged by image only, and that leaks."""
 
 
-def budgets() -> str:
-    """A linear probe of the same features with fewer labelled groups, and the price of a leak, as Markdown."""
+def chest(label: str) -> tuple[str, str, Path, list[str]]:
+    """As an entry of `transfers`: a linear probe on the chest CT set."""
+    out, init = CACHE / f"chest_ct-linear-{label.lower()}", {"ImageNet": "imagenet", "none": "none"}[label]
+    command = ["transfer", "--data", str(CACHE / "chest_ct"), "--out", str(out), "--init", init, "--task", "linear"]
+    return label, "linear", out, [*command, *CHEST, "--label-fraction", *BUDGETS]
+
+
+def compute_chest() -> None:
     run(["ingest", str(DATA / "chest_ct/index.csv"), "--out", str(CACHE / "chest_ct"), "--image-size", "128"])
-    lines = [
-        "| set | features | " + " | ".join(f"{float(b):.0%}" for b in BUDGETS) + " |",
-        "|---" * (2 + len(BUDGETS)) + "|",
-    ]
-    prices = []
-    for name, wanted in (("cervix", STUDIES["cervix"]), ("oct", STUDIES["oct"]), ("chest_ct", None)):
-        inits = {"none": "none", "SSL": str(CACHE / f"{name}-mae"), "ImageNet": "imagenet"}
-        for label, init in inits.items():
-            if wanted is None and label == "SSL":
-                continue
-            out = CACHE / f"{name}-budget-{label.lower()}"
-            flags = list(CHEST) if wanted is None else [*wanted.transfer, *wanted.features(label)]
-            command = ["transfer", "--data", str(CACHE / name), "--out", str(out), "--init", init, "--task", "linear"]
-            run([*command, *flags, "--label-fraction", *BUDGETS])
-            values = summary(out)
-            found = [values["budgets"][f"{float(b):g}"]["metrics"]["balanced_accuracy"] for b in BUDGETS]
-            cells = [f"{m['value']:.3f} [{m['ci95'][0]:.2f}, {m['ci95'][1]:.2f}]" for m in found]
-            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
-            price = values.get("leak_price")
-            if price:
-                low, high = price["ci95"]
-                prices.append(
-                    f"| {name} | {label} | {price['by_image']:.3f} | {price['by_group']:.3f} | "
-                    f"{price['difference']:.3f} [{low:.2f}, {high:.2f}] |"
-                )
-    head = ["", "| set | features | by image | by group | the leak |", "|---|---|---|---|---|"]
-    return "\n".join([*lines, *head, *prices])
+    for label in ("ImageNet", "none"):
+        run(chest(label)[3])
+
+
+def budgets() -> str:
+    """The same with fewer labelled groups, and the price of a leak, as Markdown, with what is finished so far."""
+    head = " | ".join(f"{float(b):.0%}" for b in BUDGETS)
+    lines, prices = [f"| set | first weights | task | {head} |", "|---" * (3 + len(BUDGETS)) + "|"], []
+    rows = [(name, *row) for name in STUDIES for row in transfers(name)]
+    rows += [("chest_ct", *chest(label)) for label in ("ImageNet", "none")]
+    for name, label, task, folder, command in rows:
+        if "--label-fraction" not in command or not (folder / "summary.json").exists():
+            continue
+        values = summary(folder)
+        cells = []
+        for share in BUDGETS:
+            found = values["budgets"].get(f"{float(share):g}", {}).get("metrics", {}).get("balanced_accuracy")
+            cells.append(f"{found['value']:.3f} [{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}]" if found else "")
+        lines.append(f"| {name} | {label} | {task} | " + " | ".join(cells) + " |")
+        price = values.get("leak_price")
+        if price:
+            low, high = price["ci95"]
+            prices.append(
+                f"| {name} | {label} | {task} | {price['by_image']:.3f} | {price['by_group']:.3f} | "
+                f"{price['difference']:.3f} [{low:.2f}, {high:.2f}] |"
+            )
+    told = ["", "| set | first weights | task | by image | by group | the leak |", "|---|---|---|---|---|---|"]
+    return "\n".join([*lines, *told, *prices])
 
 
 STRANGERS = (
@@ -233,19 +246,20 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, budgets):
-        if part.__name__ in sys.argv:
-            print("\n" + part())
-            return 0
+    if unlike.__name__ in sys.argv:
+        print("\n" + unlike())
+        return 0
     wanted = [a for a in sys.argv[1:] if a in STUDIES] or list(STUDIES)
     if "--table" not in sys.argv:
         for name in wanted:
             compute(name)
+        if wanted == list(STUDIES):
+            compute_chest()
     for name in wanted:
         print("\n" + table(name))
+    print("\n" + budgets())
     if "--table" not in sys.argv and wanted == list(STUDIES):
         print("\n" + unlike())
-        print("\n" + budgets())
     return 0
 
 
