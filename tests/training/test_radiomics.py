@@ -123,7 +123,7 @@ def test_a_bar_is_long() -> None:
 
 def test_a_star_s_gradients_point_less_to_its_centre_than_a_disc_s() -> None:
     disc, spiked = of_one(round_one()), of_one(star())
-    assert disc["margin_spiculation_mean"] > 0.9 and disc["margin_spiculation_width"] < 0.12
+    assert disc["margin_spiculation_mean"] > 0.8 and disc["margin_spiculation_width"] < 0.12
     assert spiked["margin_spiculation_mean"] < 0.7
     assert spiked["shape_irregularity"] > 5 * disc["shape_irregularity"]
     assert spiked["shape_compactness"] < 0.6 * disc["shape_compactness"]
