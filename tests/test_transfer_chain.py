@@ -366,6 +366,27 @@ def test_a_second_predict_is_already_done_and_another_model_is_not(
         predict(InferenceConfig(str(unseen), model=str(probed), out=str(out)))
 
 
+@pytest.mark.slow
+def test_a_fused_svm_of_layers_and_radiomics_is_judged_kept_and_answers_elsewhere_the_same(
+    phantoms: Path, pretrained: Pretrained, unseen: Path, tmp_path: Path
+) -> None:
+    run, chosen = tmp_path / "run", {"task": "svm", "features": "fused", "layers": ("1", "-1", "last")}
+    summary = transfer(config(phantoms, run, init=str(pretrained.run), **chosen))
+    assert summary["metrics"]["balanced_accuracy"]["value"] > 1.5 / len(summary["classes"])
+    model, dataset = load_model(run), Dataset.open(unseen)
+    selection = dataset.select()
+    predict(InferenceConfig(str(unseen), model=str(run), out=str(tmp_path / "predicted.parquet")))
+    embed(InferenceConfig(str(unseen), model=str(run), out=str(tmp_path / "embedded.parquet")))
+    said = {row["image_id"]: row for row in rows_of(tmp_path / "predicted.parquet")}
+    shown = {row["image_id"]: row["embedding"] for row in rows_of(tmp_path / "embedded.parquet")}
+    ids, features = selection.column("image_id"), model.embed(dataset.pixels(selection))
+    np.testing.assert_allclose(np.asarray([shown[one] for one in ids]), features, atol=1e-5)
+    found = probabilities([said[one] for one in ids], list(model.card.classes))
+    np.testing.assert_allclose(found, model.classify(features), atol=1e-4)
+    assert not (run / "features.safetensors").exists()  # those of other layers are kept by other names
+    assert model.card.features.layers[0] == "1" and model.card.features.radiomic
+
+
 def test_an_encoder_has_no_classes_to_predict(pretrained: Pretrained, unseen: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="an encoder without classes"):
         predict(InferenceConfig(str(unseen), model=str(pretrained.run), out=str(tmp_path / "out.parquet")))

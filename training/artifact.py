@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from cluster.errors import UsageError
 from training import lineage
 from training.domain import REFERENCE, Domain, load_domain
 from training.encoder import Architecture
+from training.features import PLAIN, Features, deep, described
 from training.images import ImagePath
+from training.layers import pooled
 from training.nearby import nearby
 from training.probabilities import ACTIVATIONS, Activation, calibrated
-from training.transform import Input, evaluation_view
+from training.transform import Input
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, HEAD = "model.safetensors", "head.skops"
 
 
@@ -38,6 +41,8 @@ class ModelCard:
     input: Input
     head: str = "none"
     """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
+    features: Features = PLAIN
+    """What `embed` gives, and an estimator judges."""
     classes: tuple[str, ...] = ()
     ordered: bool = False
     """Whether the classes stand in an order of theirs, lowest first."""
@@ -54,6 +59,7 @@ class ModelCard:
             "image_path": self.image_path.as_dict(),
             "input": self.input.as_dict(),
             "head": self.head,
+            "features": self.features.as_dict(),
             "classes": list(self.classes),
             "ordered": self.ordered,
             "activation": self.activation,
@@ -70,6 +76,7 @@ class ModelCard:
             image_path=ImagePath.from_dict(values["image_path"]),
             input=Input.from_dict(values["input"]),
             head=values["head"],
+            features=Features.from_dict(values["features"]) if "features" in values else PLAIN,
             classes=tuple(values["classes"]),
             ordered=bool(values.get("ordered", False)),
             activation=_activation(values.get("activation", "softmax")),
@@ -105,7 +112,8 @@ class Model:
 
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]."""
-        return features_of(self.network, self.card.input, pixels, self.device, batch_size)
+        card, stored = self.card, (self.card.image_path.height, self.card.image_path.width)
+        return described(card.features, self.network, card.input, stored, pixels, self.device, batch_size)
 
     @torch.inference_mode()
     def classify(self, features: np.ndarray) -> np.ndarray:
@@ -131,16 +139,11 @@ class Model:
         return self.classify(self.embed(pixels, batch_size))
 
 
-@torch.inference_mode()
 def features_of(
     network: nn.Module, wanted: Input, pixels: np.ndarray, device: str | torch.device = "cpu", batch_size: int = 64
 ) -> np.ndarray:
     """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3], under a timm network in evaluation mode."""
-    parts = []
-    for at in range(0, len(pixels), batch_size):
-        images = evaluation_view(pixels[at : at + batch_size], wanted, device)
-        parts.append(pooled(network, images).float().cpu().numpy())
-    return np.concatenate(parts)
+    return np.concatenate(list(deep(PLAIN, network, wanted, pixels, device, batch_size)))
 
 
 def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,16 +152,9 @@ def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, tor
     return features, network.get_classifier()(features)  # type: ignore[operator]
 
 
-def pooled(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Pooled features [B, D] of a timm network."""
-    tokens = network.forward_features(images)  # type: ignore[operator]
-    features: torch.Tensor = network.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-    return features
-
-
 def versions() -> dict[str, str]:
     """Versions of the code and of the packages that decide numbers."""
-    names = ("rayograph", "torch", "timm", "numpy", "pillow", "scikit-learn", "ray")
+    names = ("rayograph", "torch", "timm", "numpy", "pillow", "scikit-learn", "scikit-image", "ray")
     found = {}
     for name in names:
         try:
@@ -188,7 +184,10 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    about = {"format": "pt"}
+    if not card.features.plain:  # whose sha256 thereby differs: vectors of one are refused by the other
+        about["features"] = json.dumps(card.features.as_dict())
+    save_file(tensors, partial / WEIGHTS, metadata=about)
     for name, content in [(lineage.SEEN, lineage.dump(seen, labelled)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
@@ -256,11 +255,10 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     network.load_state_dict(load_file(folder / WEIGHTS))
     estimator: Estimator | None = None
     if card.head == "estimator":
-        from training.tasks.frozen import load_estimator
-        from training.tasks.label_sets import load_label_sets
+        from training.tasks.fusion import load_head
 
-        load = load_label_sets if card.activation == "sigmoid" else load_estimator
-        estimator = load((folder / HEAD).read_bytes(), len(card.classes))
+        several = card.activation == "sigmoid"
+        estimator = load_head((folder / HEAD).read_bytes(), len(card.classes), several=several)
     domain = load_domain((folder / REFERENCE).read_bytes()) if REFERENCE in hashes else None
     network.requires_grad_(False)
     return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -11,6 +12,8 @@ from cluster.errors import UsageError
 from cluster.settings import Config
 
 Task = Literal["finetune", "linear", "knn", "svm"]
+FROZEN = ("linear", "knn", "svm")
+"""Tasks that judge features of the first weights, which stay as they are."""
 Split = Literal["group", "image", "site", "holdout"]
 Unit = Literal["image", "case", "group"]
 Pooling = Literal["mean", "attention"]
@@ -151,6 +154,10 @@ class TransferConfig(Config):
     "A YAML file with a chain of pretrain and transfer stages to start from, in place of --init."
     task: Task = "finetune"
     "finetune trains the network; linear, knn and svm judge frozen features."
+    features: Literal["deep", "radiomic", "both", "fused"] = "deep"
+    "What a frozen classifier judges: deep, radiomic, both side by side, or fused, the mean of a classifier of each."
+    layers: Words = ("last",)
+    "Of which layers deep features are: last, all, or numbers from the input on, such as 1 3 -1."
     preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
     "Model size where --init names no model."
     model: str | None = None
@@ -243,6 +250,11 @@ class TransferConfig(Config):
         self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
         frozen = "needs frozen features: --task linear, knn or svm"
         self._require("pooling", self.pooling == "mean" or self.task != "finetune", frozen)
+        self._require("features", self.features == "deep" or self.task in FROZEN, frozen)
+        self._require("layers", self.layers == ("last",) or self.task in FROZEN, frozen)
+        self._require("layers", self.layers == ("last",) or self.features != "radiomic", "radiomics have no layers")
+        named = bool(self.layers) and all(re.fullmatch(r"last|all|-?[1-9]\d*", name) for name in self.layers)
+        self._require("layers", named, "give last, all, or numbers such as 1 3 -1")
 
 
 @Parameter(name="*")

@@ -296,8 +296,9 @@ def _probabilities(
 
 
 def _dimension(model: Model) -> int:
-    network: Any = model.network
-    return int(network.num_features)
+    path = model.card.image_path
+    blank = np.zeros((1, path.height, path.width, model.card.input.channels), dtype=np.uint8)
+    return int(model.embed(blank).shape[1])
 
 
 def _pooler(run: str, dimension: int, classes: int) -> pooling.Pooler:

@@ -11,7 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from cluster.progress import say
 from training.artifact import Model, ModelCard, forward, load_model, model_folder, versions
 from training.calibration import FLOOR
 from training.configs import ExportConfig
+from training.features import PLAIN
 from training.images import AUTO_PERCENTILES, REDUCING_GAP
 from training.probabilities import HALF
 from training.tasks.frozen import Frozen
@@ -119,6 +120,8 @@ class Plan:
 
 def _plan(config: ExportConfig, model: Model) -> Plan:
     card = model.card
+    if not card.features.plain:
+        return _plain_plan(config, model)
     if config.encoder_only or card.head == "none":
         return Plan(model, (), None)
     if card.head == "network":
@@ -133,6 +136,18 @@ def _plan(config: ExportConfig, model: Model) -> Plan:
         )
     say("the classifier on top (k-NN or SVM) has no timm form: only the encoder is exported")
     return Plan(model, (), None)
+
+
+def _plain_plan(config: ExportConfig, model: Model) -> Plan:
+    """The encoder alone of a model whose classifier judges other features than those at its end."""
+    if config.to == "onnx" and not config.encoder_only:
+        raise UsageError(
+            f"{config.model}: a classifier of chosen layers or radiomics has no ONNX form here; use --to timm or "
+            "--encoder-only (the network's last features alone)"
+        )
+    if not config.encoder_only:
+        say("the classifier on top (of chosen layers or radiomics) has no timm form: only the encoder is exported")
+    return Plan(replace(model, card=replace(model.card, features=PLAIN)), (), None)
 
 
 def probe_of(estimator: object, classes: int) -> Probe | None:

@@ -11,8 +11,8 @@ from training.domain import LARGEST, distances_to, sampled_rows
 from training.probabilities import from_logits
 from training.splits import Fold, cross_validation, hold_out
 from training.tasks.finetune import Recipe, fine_tune, predict
-from training.tasks.frozen import ESTIMATORS, INNER_FOLDS, Frozen, Inner, inner_probabilities
-from training.tasks.label_sets import LABEL_SET_ESTIMATORS, LabelSets, inner_label_probabilities
+from training.tasks.frozen import INNER_FOLDS, Inner
+from training.tasks.fusion import Fused, Head, fit_fused, fit_head, judge_inner
 from training.tasks.pooling import Pooler, fit_attention
 from training.units import Units
 
@@ -110,10 +110,16 @@ def refit_and_judge(
 
 def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold) -> FoldResult:
     """As `finetune_fold`, for a classifier on features [N, D]."""
+    return fused_fold(0, task, features, labels, classes, seed, fold)
+
+
+def fused_fold(
+    columns: int, task: str, features: np.ndarray, labels: Labels, classes: int, seed: int, fold: Fold
+) -> FoldResult:
+    """As `frozen_fold`, for one classifier of the first `columns` features and one of the rest; 0: one of them all."""
     inner = _inner(labels, fold.train, seed)
     known, truth = features[fold.train], labels.truth[fold.train]
-    fitted = _fit(task, known, truth, inner, classes)
-    judge_inner: Any = inner_label_probabilities if labels.several else inner_probabilities
+    fitted = _fit(columns, task, known, truth, inner, classes)
     return FoldResult(
         repeat=fold.repeat,
         fold=fold.fold,
@@ -129,16 +135,16 @@ def frozen_fold(task: str, features: np.ndarray, labels: Labels, classes: int, s
 
 
 def fit_frozen(
-    task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int
-) -> Frozen | LabelSets:
-    """A classifier on the features of `rows`; inner folds keep groups whole."""
-    return _fit(task, features[rows], labels.truth[rows], _inner(labels, rows, seed), classes)
+    task: str, features: np.ndarray, labels: Labels, rows: np.ndarray, classes: int, seed: int, columns: int = 0
+) -> Head | Fused:
+    """A classifier on the features of `rows`, or two as in `fused_fold`; inner folds keep groups whole."""
+    return _fit(columns, task, features[rows], labels.truth[rows], _inner(labels, rows, seed), classes)
 
 
-def _fit(task: str, features: np.ndarray, truth: np.ndarray, inner: Inner, classes: int) -> Frozen | LabelSets:
-    if truth.ndim == 2:
-        return LabelSets(LABEL_SET_ESTIMATORS[task](features, truth, inner), classes)
-    return Frozen(ESTIMATORS[task](features, truth, inner), classes)
+def _fit(columns: int, task: str, features: np.ndarray, truth: np.ndarray, inner: Inner, classes: int) -> Head | Fused:
+    if columns:
+        return fit_fused(task, features, truth, inner, classes, columns)
+    return fit_head(task, features, truth, inner, classes)
 
 
 def _inner(labels: Labels, rows: np.ndarray, seed: int) -> Inner:

@@ -15,18 +15,23 @@ from cluster import storage
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores
-from training.artifact import HEAD, forward
+from training.artifact import HEAD
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.device import threads_for
-from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.features import PLAIN, Features, chosen, deep, radiomic, radiomic_columns
+from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, fused_fold, refit_network
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
 from training.splits import Fold
 from training.tasks.finetune import Recipe, recipe_for
+from training.tasks.frozen import chosen_by
+from training.tasks.fusion import Fused
 from training.tasks.label_sets import LabelSets
-from training.transform import evaluation_view
 from training.weights import Wanted, initial_weights, located
+
+RADIOMIC_IMAGES = 128
+"""Images whose radiomics one task measures."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Trained:
     """Named parts of the artifact beside the network's weights."""
     taught: bool = True
     """Whether labels had a part in the network's weights."""
+    described: Features = PLAIN
+    """As in `ModelCard.features`."""
 
 
 @dataclass(eq=False)
@@ -71,6 +78,7 @@ class Fitting:
     def __post_init__(self) -> None:
         self.wanted = wanted_for(self.config, self.dataset, self.device)
         self.initial = initial_weights(self.wanted)
+        self.described = chosen(self.config.features, self.config.layers, self.initial.network)
         self.pixels = self.dataset.pixels(self.selection)
 
     def run(self) -> Trained:
@@ -104,21 +112,38 @@ class Fitting:
         return int(np.median([r.best_epoch for r in results if r.share == self.share]))
 
     def features(self) -> np.ndarray:
-        """Features [N, D] of all labelled rows under the initial network, kept for an interrupted run."""
-        cache = self.out.path / "features.safetensors"
+        """Features [N, D] of all labelled rows, under the initial network or radiomic, kept for an interrupted run."""
+        cache = self.out.path / f"features{self.described.tag}.safetensors"
         if not cache.exists():
-            torch.set_num_threads(cores())
-            network, parts = self.initial.network.eval().to(self.device), []
-            with torch.inference_mode(), progress("features", len(self.pixels), "images") as bar:
-                for at in range(0, len(self.pixels), 64):
-                    images = evaluation_view(self.pixels[at : at + 64], self.initial.input, self.device)
-                    parts.append(forward(network, images)[0].float().cpu().numpy())
-                    bar.advance(len(images))
-            network.cpu()
+            parts = [self._deep()] if self.described.layers else []
+            parts += [self._radiomic()] if self.described.radiomic else []
             partial = cache.with_name(f".{cache.name}")
-            save_file({"features": np.concatenate(parts)}, partial)
+            save_file({"features": np.concatenate(parts, axis=1)}, partial)
             storage.publish_file(partial, cache)
         return np.asarray(load_file(cache)["features"])
+
+    def _deep(self) -> np.ndarray:
+        torch.set_num_threads(cores())
+        network, parts = self.initial.network.eval().to(self.device), []
+        with progress("features", len(self.pixels), "images") as bar:
+            for part in deep(self.described, network, self.initial.input, self.pixels, self.device):
+                parts.append(part)
+                bar.advance(len(part))
+        network.cpu()
+        return np.concatenate(parts)
+
+    def _radiomic(self) -> np.ndarray:
+        """By tasks on all cores: each image takes a core some milliseconds."""
+        path, count = self.dataset.image_path, len(self.pixels)
+        starts = range(0, count, RADIOMIC_IMAGES)
+        found: dict[int, np.ndarray] = {}
+        with progress("radiomics", count, "images") as bar:
+            each = [(at,) for at in starts]
+            shared = (self.pixels, (path.height, path.width))
+            for at, part in run_folds(_radiomic_part, shared, each, workers=cores(), gpu=False):
+                found[at] = part
+                bar.advance(len(part))
+        return np.concatenate([found[at] for at in starts])
 
     def each_fold(
         self,
@@ -196,21 +221,34 @@ def finetune(fitting: Fitting) -> Trained:
 
 
 def frozen(fitting: Fitting) -> Trained:
-    """A classifier on the features of the first weights, which stay as they are."""
-    config, features = fitting.config, fitting.features()
+    """A classifier on the features of the first weights, which stay as they are; or two whose scores are averaged."""
+    config, features, described = fitting.config, fitting.features(), fitting.described
     shared = (config.task, features, fitting.labels)
     count, seed = len(fitting.classes), config.seed
-    results = fitting.each_fold(frozen_fold, *shared, count, seed)
-    estimator = fit_frozen(*shared, fitting.kept, count, seed)
+    if config.features == "fused":
+        columns = features.shape[1] - radiomic_columns()
+        results = fitting.each_fold(fused_fold, columns, *shared, count, seed)
+    else:
+        columns = 0
+        results = fitting.each_fold(frozen_fold, *shared, count, seed)
+    head = fit_frozen(*shared, fitting.kept, count, seed, columns)
+    own = head if isinstance(head, Fused) else head.estimators if isinstance(head, LabelSets) else head.estimator
+    if told := chosen_by(own):
+        say(f"the refitted SVM: {told}, by inner folds of the training groups")
     return Trained(
         results,
         fitting.initial.network,
         features[fitting.kept],
         head="estimator",
-        estimator=estimator.estimators if isinstance(estimator, LabelSets) else estimator.estimator,
-        files=((HEAD, estimator.dumps()),),
+        estimator=own if described.plain else head,  # the weights of other features say nothing of where it looks
+        files=((HEAD, head.dumps()),),
         taught=False,
+        described=described,
     )
+
+
+def _radiomic_part(pixels: np.ndarray, stored: tuple[int, int], at: int) -> tuple[int, np.ndarray]:
+    return at, radiomic(pixels[at : at + RADIOMIC_IMAGES], stored)
 
 
 TASKS: dict[str, Callable[[Fitting], Trained]] = {

@@ -146,7 +146,7 @@ class _Study:
         self.best_epoch = trained.best_epoch
         self.domain = self._domain(trained.features)
         looker = looker_of(trained.network, self.initial.input, trained.estimator, len(self.classes))
-        facts = self._facts(trained, looker.method)
+        facts = self._facts(trained, looker.method if trained.described.layers else "")
         self._write_model(trained, facts)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
@@ -212,12 +212,13 @@ class _Study:
         kept = kept[domain.sampled_rows(len(kept), domain.LARGEST)] if len(features) < len(kept) else kept
         return domain.learn(features, kept, np.concatenate([r.distances for r in self.results]), np.concatenate(far))
 
-    def _card(self, head: str) -> ModelCard:
+    def _card(self, trained: Trained) -> ModelCard:
         return ModelCard(
             architecture=self.initial.architecture,
             image_path=self.dataset.image_path,
             input=self.initial.input,
-            head=head,
+            head=trained.head,
+            features=trained.described,
             classes=tuple(self.classes),
             ordered=bool(self.config.order),
             activation="sigmoid" if self.labels.several else "softmax",
@@ -241,7 +242,7 @@ class _Study:
             dataset=self.dataset,
             selection=self.selection,
             judged=self.judged,
-            card=self._card(trained.head),
+            card=self._card(trained),
             best_epoch=self.best_epoch,
             shared=len(own_images(self.selection) & seen_by(self.config.init)),
             method=method,

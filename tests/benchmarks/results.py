@@ -249,6 +249,11 @@ def main() -> int:
     if unlike.__name__ in sys.argv:
         print("\n" + unlike())
         return 0
+    if "svm" in sys.argv:
+        from tests.benchmarks.deep_and_radiomic import svm
+
+        print("\n" + svm())
+        return 0
     wanted = [a for a in sys.argv[1:] if a in STUDIES] or list(STUDIES)
     if "--table" not in sys.argv:
         for name in wanted:

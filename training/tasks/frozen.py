@@ -20,9 +20,9 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
-from sklearn.svm import SVC
 
 from cluster.errors import UsageError
+from training.tasks.svm import machine, select
 
 INNER_FOLDS = 3
 NEIGHBOURS = 20
@@ -101,12 +101,21 @@ def knn(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
 
 
 def svm(features: np.ndarray, truth: np.ndarray, inner: Inner) -> BaseEstimator:
-    """RBF SVM (C = 10, balanced) on standardised features; probabilities by a temperature from the inner folds."""
-    model = make_pipeline(StandardScaler(), SVC(C=10.0, class_weight="balanced"))
+    """SVM with C and kernel by inner CV; probabilities by a temperature from the same inner folds."""
+    model = machine(*select(features, truth, inner))
     fitted: BaseEstimator = CalibratedClassifierCV(model, method="temperature", cv=inner, ensemble=False).fit(
         features, truth
     )
     return fitted
+
+
+def chosen_by(estimator: Any) -> str:
+    """C and kernel of a fitted `svm`, in words; empty for any other estimator."""
+    if not isinstance(estimator, CalibratedClassifierCV):
+        return ""
+    (calibrated,) = estimator.calibrated_classifiers_
+    last: Any = calibrated.estimator[-1]
+    return f"{last.kernel} kernel, C = {last.C:g}"
 
 
 ESTIMATORS: dict[str, Callable[[np.ndarray, np.ndarray, Inner], BaseEstimator]] = {

@@ -56,10 +56,14 @@ def load_label_sets(content: bytes, classes: int) -> LabelSets:
     Raises:
         UsageError: it holds a type that no head of ours has, or is damaged.
     """
-    estimators = frozen.load_kept(content)
-    if not isinstance(estimators, list) or len(estimators) not in {1, classes}:
+    return label_sets_of(frozen.load_kept(content), classes)
+
+
+def label_sets_of(kept: Any, classes: int) -> LabelSets:
+    """The classifiers that skops `kept`; UsageError where they are not those of `classes` labels."""
+    if not isinstance(kept, list) or len(kept) not in {1, classes}:
         raise UsageError(f"head.skops: not the classifiers of {classes} labels")
-    return LabelSets(estimators, classes)
+    return LabelSets(kept, classes)
 
 
 def linear(features: np.ndarray, truth: np.ndarray, inner: Inner) -> list[BaseEstimator | float]:
@@ -68,7 +72,7 @@ def linear(features: np.ndarray, truth: np.ndarray, inner: Inner) -> list[BaseEs
 
 
 def svm(features: np.ndarray, truth: np.ndarray, inner: Inner) -> list[BaseEstimator | float]:
-    """RBF SVMs, balanced, each with its own temperature from the inner folds."""
+    """SVMs, balanced, each with C, kernel and temperature of its own by the inner folds."""
     return _each(frozen.svm, features, truth, inner)
 
 
