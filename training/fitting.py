@@ -19,14 +19,28 @@ from training.artifact import HEAD, forward
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.device import threads_for
-from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, refit_network
+from training.fit import (
+    FoldResult,
+    Labels,
+    finetune_fold,
+    fit_frozen,
+    frozen_fold,
+    metric_fold,
+    refit_metric,
+    refit_network,
+)
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
 from training.splits import Fold
 from training.tasks.finetune import Recipe, recipe_for
 from training.tasks.label_sets import LabelSets
+from training.tasks.metric import metric_recipe
+from training.tasks.nearness import METRIC
 from training.transform import evaluation_view
 from training.weights import Wanted, initial_weights, located
+
+TRAINED = frozenset({"finetune", "metric"})
+"""Tasks that train the network itself."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,7 @@ def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
         channels=dataset.channels,
         mean=tuple(dataset.info["mean"]),
         std=tuple(dataset.info["std"]),
-        extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
+        extra=(("drop_path_rate", config.drop_path),) if config.task in TRAINED else (),
     )
 
 
@@ -193,6 +207,20 @@ def finetune(fitting: Fitting) -> Trained:
     network = fitting.initial.architecture.build(len(fitting.classes))
     network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
     return Trained(results, network, features, best)
+
+
+def metric(fitting: Fitting) -> Trained:
+    """Network and embedding are trained so that classes lie apart; the refit takes the median best epoch."""
+    config = fitting.config
+    shared = (fitting.pixels, fitting.labels)
+    results = fitting.each_fold(metric_fold, metric_recipe(config, fitting.recipe(fitting.workers)), *shared)
+    best = fitting.median_epoch(results)
+    say(f"refitting on {len(fitting.kept):,} images for {best} epochs, the median of the folds")
+    alone = (metric_recipe(config, fitting.recipe(1)), *shared, fitting.kept, best)
+    state, content, features = fitting.alone(refit_metric, *alone)
+    network = fitting.initial.architecture.build(0)
+    network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+    return Trained(results, network, features, best, head="metric", files=((METRIC, content),))
 
 
 def frozen(fitting: Fitting) -> Trained:
@@ -218,4 +246,5 @@ TASKS: dict[str, Callable[[Fitting], Trained]] = {
     "linear": frozen,
     "knn": frozen,
     "svm": frozen,
+    "metric": metric,
 }
