@@ -107,7 +107,7 @@ class Model:
     """What its training set looked like; None where the run had no labelled images to measure it on."""
     device: str
     sha256: str
-    metric: nn.Module | None = None
+    metric: Progressive | None = None
     """The embedding on the network, see `training.tasks.progressive`; None where features are the network's own."""
 
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:

@@ -197,6 +197,20 @@ def _pictures(model: Any, index: Path, column: str, value: str) -> np.ndarray:
     return np.stack([to_channels(pixels, card.input.channels) for pixels in decoded])
 
 
+def retrieval() -> str:
+    """Recall@k of trained embeddings, see `tests.benchmarks.metric`."""
+    from tests.benchmarks import metric
+
+    return metric.retrieval(CACHE, STUDIES, run)
+
+
+def distances() -> str:
+    """What class centres save against pairs, see `tests.benchmarks.metric`."""
+    from tests.benchmarks import metric
+
+    return metric.distances(DATA / "cervix")
+
+
 def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -233,7 +247,7 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, budgets):
+    for part in (unlike, budgets, retrieval, distances):
         if part.__name__ in sys.argv:
             print("\n" + part())
             return 0

@@ -1,4 +1,4 @@
-"""Losses of metric learning: equal to loops written by hand and to pytorch-metric-learning's, and a contract for all."""
+"""Losses of metric learning: equal to loops by hand and to pytorch-metric-learning's, and a contract for all."""
 
 from __future__ import annotations
 
