@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests.benchmarks.losses import other_losses
 from training.artifact import features_of
 from training.bootstrap import Metric
 from training.compare import Difference
@@ -80,6 +81,8 @@ def retrieval(cache: Path, studies: dict[str, Any], run: Callable[[list[str]], f
         for folder, command in {arm.folder: arm.command for arm in chosen}.items():
             print(f"{folder.name}: {run(list(command)):.0f} s", flush=True)
         lines += [f"**{study.title}**", "", *_table(chosen), "", *_claims(chosen), ""]
+        where = study.transfer[1:] if "--where" in study.transfer else ()
+        lines += [*other_losses(cache / name, chosen[0].folder, where, int(REPEATS)), ""]
     return "\n".join(lines)
 
 
