@@ -51,8 +51,8 @@ def test_a_learnt_embedding_is_judged_searched_and_compared(phantoms: Path, tmp_
     np.testing.assert_allclose(stored.vectors, model.embed(pixels), atol=1e-4)
     query = tmp_path / "query.png"
     query.write_bytes(encoded(pixels[5][..., 0] if pixels.shape[-1] == 1 else pixels[5], "PNG"))
-    found = hits(query, built, k=5, not_same_group=True)
     groups = stored.rows["group"].to_pylist()
+    found = hits(query, built, k=5, not_same_group=True, group=groups[5])
     allowed = np.asarray([g != groups[5] for g in groups])
     expected = -np.sort(-(stored.vectors @ model.embed(pixels[5:6])[0])[allowed])[:5]
     np.testing.assert_allclose([hit["score"] for hit in found], expected, atol=1e-4)
