@@ -26,10 +26,14 @@ from training.images import ImagePath
 from training.layers import pooled
 from training.nearby import nearby
 from training.probabilities import ACTIVATIONS, Activation, calibrated
-from training.transform import Input
+from training.tasks.nearness import METRIC, load_metric
+from training.tasks.progressive import Progressive
+from training.transform import Input, evaluation_view
 
 FORMAT = 2
 WEIGHTS, HEAD = "model.safetensors", "head.skops"
+HEADS = {"estimator": (HEAD,), "metric": (METRIC,)}
+"""Files beside the weights that a kind of head cannot do without."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,8 @@ class ModelCard:
     image_path: ImagePath
     input: Input
     head: str = "none"
-    """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
-    features: Features = PLAIN
-    """What `embed` gives, and an estimator judges."""
+    """none (an encoder), network (its own classifier), estimator (scikit-learn's, on its features) or metric (an
+    embedding on the network, and where classes lie in it)."""
     classes: tuple[str, ...] = ()
     ordered: bool = False
     """Whether the classes stand in an order of theirs, lowest first."""
@@ -51,6 +54,8 @@ class ModelCard:
     temperature: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    features: Features = PLAIN
+    """What `embed` gives, and an estimator judges; of a metric model what its embedding starts from."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -93,7 +98,7 @@ def _activation(name: str) -> Activation:
 
 
 class Estimator(Protocol):
-    """A classifier on features; see `training.tasks.frozen`."""
+    """A classifier on features; see `training.tasks.frozen` and `training.tasks.nearness`."""
 
     def probabilities(self, features: np.ndarray) -> np.ndarray: ...
 
@@ -109,10 +114,14 @@ class Model:
     """What its training set looked like; None where the run had no labelled images to measure it on."""
     device: str
     sha256: str
+    metric: Progressive | None = None
+    """The embedding on the network, see `training.tasks.progressive`; None where features are the network's own."""
 
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]."""
+        """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]; those of a metric model have length 1."""
         card, stored = self.card, (self.card.image_path.height, self.card.image_path.width)
+        if self.metric is not None:
+            return features_of(self.metric, card.input, pixels, self.device, batch_size)
         return described(card.features, self.network, card.input, stored, pixels, self.device, batch_size)
 
     @torch.inference_mode()
@@ -142,8 +151,15 @@ class Model:
 def features_of(
     network: nn.Module, wanted: Input, pixels: np.ndarray, device: str | torch.device = "cpu", batch_size: int = 64
 ) -> np.ndarray:
-    """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3], under a timm network in evaluation mode."""
-    return np.concatenate(list(deep(PLAIN, network, wanted, pixels, device, batch_size)))
+    """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3], under a timm network or a metric embedding on one,
+    in evaluation mode."""
+    if not isinstance(network, Progressive):
+        return np.concatenate(list(deep(PLAIN, network, wanted, pixels, device, batch_size)))
+    parts = []
+    for at in range(0, len(pixels), batch_size):
+        images = evaluation_view(pixels[at : at + batch_size], wanted, device)
+        parts.append(network(images)[-1].float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +263,7 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     """
     folder = model_folder(run)
     card, hashes = read_card(run)
-    read = {WEIGHTS, HEAD} if card.head == "estimator" else {WEIGHTS}
+    read = {WEIGHTS, *HEADS.get(card.head, ())}
     for name in sorted(read | set(hashes)):
         if not (folder / name).is_file() or storage.sha256_file(folder / name) != hashes.get(name):
             raise UsageError(f"{folder / name}: missing or changed since the model was written (sha256 differs)")
@@ -259,6 +275,23 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
 
         several = card.activation == "sigmoid"
         estimator = load_head((folder / HEAD).read_bytes(), len(card.classes), several=several)
+    metric = None
+    if card.head == "metric":
+        metric, estimator = _metric_of(card, network, (folder / METRIC).read_bytes())
     domain = load_domain((folder / REFERENCE).read_bytes()) if REFERENCE in hashes else None
     network.requires_grad_(False)
-    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS])
+    if metric is not None:
+        metric = metric.requires_grad_(False).eval().to(device)
+    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS], metric)
+
+
+def _metric_of(card: ModelCard, network: nn.Module, content: bytes) -> tuple[Progressive, Estimator]:
+    """The embedding on a network, and the classifier on it; errors as `load_metric`."""
+    tensors, nearness, steps = load_metric(content, len(card.classes), several=card.activation == "sigmoid")
+    blank = torch.zeros(1, card.input.channels, card.input.height, card.input.width)
+    metric = Progressive(network, blank, nearness.means.shape[1], steps)
+    try:
+        metric.load_head(tensors)
+    except RuntimeError as error:
+        raise UsageError(f"{METRIC}: does not belong to {card.architecture.name} ({error})") from error
+    return metric, nearness

@@ -133,7 +133,7 @@ def differences(
     groups = len(np.unique(np.asarray(group, dtype=str)))
     return [
         {
-            name: _difference(
+            name: difference_of(
                 float(first.point[at] - side.point[at]),
                 first.resampled[at] - side.resampled[at],
                 groups,
@@ -179,7 +179,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _difference(point: float, draws: Floats, groups: int, *, unbias: bool) -> Difference:
+def difference_of(point: float, draws: Floats, groups: int, *, unbias: bool) -> Difference:
+    """The difference, its interval and p-value, from its resamples [B] over so many groups; see `differences`."""
     defined = draws[~np.isnan(draws)]
     if np.isnan(point) or not len(defined) or groups < 2:
         return Difference(difference=None if np.isnan(point) else point, ci95=[None, None], p=None)

@@ -11,9 +11,11 @@ from cyclopts import Parameter
 from cluster.errors import UsageError
 from cluster.settings import Config
 
-Task = Literal["finetune", "linear", "knn", "svm"]
+Task = Literal["finetune", "linear", "knn", "svm", "metric"]
 FROZEN = ("linear", "knn", "svm")
 """Tasks that judge features of the first weights, which stay as they are."""
+MetricLoss = Literal["centre_contrastive", "centre_ranking", "proxy_anchor", "triplet"]
+CentreUpdate = Literal["rule", "means", "learnt"]
 Split = Literal["group", "image", "site", "holdout"]
 Unit = Literal["image", "case", "group"]
 Pooling = Literal["mean", "attention"]
@@ -153,7 +155,7 @@ class TransferConfig(Config):
     stages: str | None = None
     "A YAML file with a chain of pretrain and transfer stages to start from, in place of --init."
     task: Task = "finetune"
-    "finetune trains the network; linear, knn and svm judge frozen features."
+    "finetune and metric train the network, metric for retrieval; linear, knn and svm judge frozen features."
     features: Literal["deep", "radiomic", "both", "fused"] = "deep"
     "What a frozen classifier judges: deep, radiomic, both side by side, or fused, the mean of a classifier of each."
     layers: Words = ("last",)
@@ -202,6 +204,16 @@ class TransferConfig(Config):
     "Stochastic depth of fine-tuning."
     label_smoothing: float = 0.1
     "Label smoothing of fine-tuning."
+    loss: MetricLoss = "centre_contrastive"
+    "What --task metric trains to: against class centres, proxies, or the hardest pairs of a batch."
+    embedding: int = 128
+    "Numbers in an embedding of --task metric."
+    margin: float | None = None
+    "Margin of --task metric; default the loss's own."
+    centres: CentreUpdate | None = None
+    "How class centres of --task metric move: by Center Loss's rule (default), to class means, or learnt."
+    steps: int = 1
+    "Views of an image that --task metric puts together: 1 the whole, 2 also a crop, 3 also that under attention."
     min_crop: float = 0.6
     "Smallest share of the image area that a random crop keeps."
     flip: bool = True
@@ -249,12 +261,29 @@ class TransferConfig(Config):
         self._require("unit", self.unit == "image" or self.split != "image", parts)
         self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
         frozen = "needs frozen features: --task linear, knn or svm"
-        self._require("pooling", self.pooling == "mean" or self.task != "finetune", frozen)
+        self._require("pooling", self.pooling == "mean" or self.task in FROZEN, frozen)
         self._require("features", self.features == "deep" or self.task in FROZEN, frozen)
         self._require("layers", self.layers == ("last",) or self.task in FROZEN, frozen)
         self._require("layers", self.layers == ("last",) or self.features != "radiomic", "radiomics have no layers")
         named = bool(self.layers) and all(re.fullmatch(r"last|all|-?[1-9]\d*", name) for name in self.layers)
         self._require("layers", named, "give last, all, or numbers such as 1 3 -1")
+        self._check_metric()
+
+    def _check_metric(self) -> None:
+        for field, default in (
+            ("loss", "centre_contrastive"),
+            ("embedding", 128),
+            ("margin", None),
+            ("centres", None),
+            ("steps", 1),
+        ):
+            given = getattr(self, field) != default
+            self._require(field, self.task == "metric" or not given, "belongs to --task metric")
+        self._require("embedding", 2 <= self.embedding <= 4096, "must lie between 2 and 4096")
+        self._require("margin", self.margin is None or self.margin > 0, "must be positive")
+        self._require("steps", 1 <= self.steps <= 3, "must be 1, 2 or 3")
+        own = self.centres is None or self.loss.startswith("centre_")
+        self._require("centres", own, f"{self.loss} has none to move: --loss centre_contrastive or centre_ranking")
 
 
 @Parameter(name="*")

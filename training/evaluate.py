@@ -27,6 +27,7 @@ from training.evaluation_report import (
     write_evaluation_report,
 )
 from training.findings import statistics_of
+from training.hits import hits_compared
 from training.ingest import resolve_data
 from training.judgement import Inner, Judged, of_units, summarise
 from training.lineage import own_images, seen_by
@@ -59,7 +60,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         name = next(iter(runs))
         asked: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
         after, more = statistics_of(found.judged, found.selection, **asked, chosen=OUT_OF_FOLD)
-        _write_report(config, out, name, found, rivals, after)
+        rankings, kept = hits_compared(runs, seed=config.seed) if config.data is None else ([], {})
+        _write_report(config, out, name, found, rivals, [*rankings, *after])
         summary = {
             "protocol": found.protocol,
             "images": found.images,
@@ -70,7 +72,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         if rivals:
             summary["against"] = {
-                other: {"run": runs[other], "own": rival.metrics, **rival.comparison} for other, rival in rivals.items()
+                other: {"run": runs[other], "own": rival.metrics, **rival.comparison, **kept.get(other, {})}
+                for other, rival in rivals.items()
             }
         out.finish(summary)
         _say_result(out, name, found.judged, rivals)

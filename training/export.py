@@ -35,6 +35,8 @@ from training.images import AUTO_PERCENTILES, REDUCING_GAP
 from training.probabilities import HALF
 from training.tasks.frozen import Frozen
 from training.tasks.label_sets import LabelSets
+from training.tasks.nearness import Nearness
+from training.tasks.progressive import Progressive
 from training.transform import Input, to_tensor
 
 OPSET = 18
@@ -112,6 +114,12 @@ class Plan:
     model: Model
     classes: tuple[str, ...]
     probe: Probe | None
+    metric: Progressive | None = None
+    """The embedding whose numbers are exported as features; None where they are the network's own."""
+
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """What our own model gives for the exported features [N, D]."""
+        return replace(self.model, metric=self.metric).embed(pixels)
 
     @property
     def input(self) -> Input:
@@ -122,6 +130,8 @@ def _plan(config: ExportConfig, model: Model) -> Plan:
     card = model.card
     if not card.features.plain:
         return _plain_plan(config, model)
+    if card.head == "metric":
+        return _metric_plan(config, model)
     if config.encoder_only or card.head == "none":
         return Plan(model, (), None)
     if card.head == "network":
@@ -148,6 +158,21 @@ def _plain_plan(config: ExportConfig, model: Model) -> Plan:
     if not config.encoder_only:
         say("the classifier on top (of chosen layers or radiomics) has no timm form: only the encoder is exported")
     return Plan(replace(model, card=replace(model.card, features=PLAIN)), (), None)
+
+
+def _metric_plan(config: ExportConfig, model: Model) -> Plan:
+    """Of an embedding; crops are found outside of the network's arithmetic, so with them there is no graph."""
+    metric = model.metric
+    assert isinstance(metric, Progressive)
+    if config.to == "timm":
+        say("the embedding on top has no timm form: only the encoder under it is exported")
+        return Plan(model, (), None)
+    if len(metric.embeddings) > 1:
+        raise UsageError(
+            f"{config.model}: an embedding of --steps {len(metric.embeddings)} crops images, which has no ONNX form "
+            "here; use --to timm (the network alone), or a model of --steps 1"
+        )
+    return Plan(model, () if config.encoder_only else model.card.classes, None, metric)
 
 
 def probe_of(estimator: object, classes: int) -> Probe | None:
@@ -249,6 +274,8 @@ class Graph(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.network = plan.model.network
+        self.metric = plan.metric
+        self.nearness = plan.model.estimator if isinstance(plan.model.estimator, Nearness) else None
         self.probe = plan.probe is not None
         self.classifies = bool(plan.classes)
         self.card = plan.model.card
@@ -262,7 +289,11 @@ class Graph(nn.Module):
         self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features, logits = forward(self.network, (images - self.mean) / self.std)
+        if self.metric is not None and self.nearness is not None:
+            features = self.metric((images - self.mean) / self.std)[-1]
+            logits = self.nearness.logits(features)
+        else:
+            features, logits = forward(self.network, (images - self.mean) / self.std)
         if not self.classifies:
             return (features,)
         if self.probe:
@@ -408,7 +439,7 @@ def _difference(plan: Plan, answer: Callable[[np.ndarray], list[np.ndarray]]) ->
         pixels = _random_pixels(rng, count, plan.input, coarse=number % 2 == 0)
         images = np.ascontiguousarray(to_tensor(pixels, plan.input.channels).numpy())
         found = answer(images)
-        features = plan.model.embed(pixels)
+        features = plan.embed(pixels)
         expected = (features, plan.model.classify(features)) if plan.classes else (features,)
         for ours, theirs in zip(expected, found, strict=False):
             if ours.shape != theirs.shape or not np.isfinite(theirs).all():

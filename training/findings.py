@@ -11,6 +11,7 @@ from training import leak_price, report, retrieval, statistics
 from training.calibration import IN_FOLDS
 from training.dataset import Dataset, Selection
 from training.judgement import Judged
+from training.learnt import Asked, in_summary
 from training.subgroups import columns_of
 from training.transductive import overlap_blocks, overlap_of
 
@@ -53,14 +54,30 @@ def statistics_of(
     return statistics.sections_for(found, prevalence=prevalence, seed=seed)
 
 
-def neighbours_of(
-    features: np.ndarray, truth: np.ndarray, names: Sequence[str], groups: Sequence[str], *, seed: int
-) -> Found:
-    """Retrieval under features [N, D] in which no label of these rows had a part, and the price of a split by image."""
+def first_neighbours(features: np.ndarray, truth: np.ndarray, groups: Sequence[str], *, seed: int) -> Asked:
+    """What rows, at most `SHOWN`, find under features [N, D] in which no label of theirs had a part."""
     rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), SHOWN)).astype(np.int64))
-    own = [groups[row] for row in rows]
     unit = features[rows] / np.maximum(np.linalg.norm(features[rows], axis=1, keepdims=True), 1e-12)
-    found = retrieval.retrieval_metrics(unit, truth[rows], own, seed=seed)
+    found = retrieval.per_query(unit, truth[rows], [groups[row] for row in rows], seed=seed)
+    nothing = np.zeros(len(rows), dtype=np.int64)
+    return Asked(rows, nothing, nothing, {("all", 1): found})
+
+
+def neighbours_of(
+    asked: Asked,
+    features: np.ndarray,
+    truth: np.ndarray,
+    names: Sequence[str],
+    groups: Sequence[str],
+    *,
+    seed: int,
+    prefix: str = "",
+) -> Found:
+    """Retrieval as `first_neighbours` found it, named in the summary after `prefix`, and the price of a split by image
+    under the same features."""
+    rows = asked.rows
+    own = [groups[row] for row in rows]
+    (found,) = asked.metrics(groups, seed=seed).values()
     table = [
         [name.replace("_", " "), report.with_interval(m["value"], m["ci95"]), _plain(m["chance"])]
         for name, m in found.items()
@@ -73,7 +90,7 @@ def neighbours_of(
         report.Table(["", "value [95 % interval]", "by chance"], table, "Nearest neighbours of other groups"),
     ]
     sections = [report.Section("Nearest neighbours", blocks)]
-    values: dict[str, Any] = {"retrieval": dict(found)}
+    values: dict[str, Any] = {"retrieval": {f"{prefix}{name}": metric for name, metric in found.items()}}
     several = truth.ndim == 2
     price = (
         None if several else leak_price.price(features[rows], truth[rows], [names[row] for row in rows], own, seed=seed)
@@ -87,6 +104,40 @@ def neighbours_of(
             "ci95": list(price.ci95),
         }
     return sections, values
+
+
+def learnt_neighbours(asked: Asked, groups: Sequence[str], *, seed: int) -> Found:
+    """Retrieval in the embedding that the run trained, out of fold; see `training.learnt`."""
+    metrics = asked.metrics(groups, seed=seed)
+    blocks: list[report.Block] = [
+        report.Text(
+            "Each image was asked for its most similar ones in the embedding of the fit that was not trained on its "
+            "group; images of its own group were left out. Among all images: also those that the fit was trained on, "
+            "as a service has them. Among test images: only those that it was not, so there are fewer to find."
+        )
+    ]
+    for gallery, words in (("all", "among all images"), ("test", "among test images alone")):
+        own = {step: metrics[gallery, step] for step in range(1, asked.steps + 1)}
+        shown = ["value [95 % interval]"] if asked.steps == 1 else [f"step {step}" for step in own]
+        rows = [
+            [
+                name.replace("_", " "),
+                *(report.with_interval(own[step][name]["value"], own[step][name]["ci95"]) for step in own),
+                _plain(own[asked.steps][name]["chance"]),
+            ]
+            for name in retrieval.NAMES
+        ]
+        blocks.append(report.Table(["", *shown, "by chance"], rows, f"Nearest neighbours of other groups, {words}"))
+    if asked.steps > 1:
+        blocks.append(report.Text(STEP_WORDS))
+    section = report.Section("Nearest neighbours in the learnt embedding", blocks)
+    return [section], {"retrieval": in_summary(metrics, asked.steps)}
+
+
+STEP_WORDS = (
+    "Step 1 sees the whole image, step 2 also the part of it that the network responds to, step 3 also that part under "
+    "attention; the embedding of the last step is the model's."
+)
 
 
 def overlap_with(seen: frozenset[str], dataset: Dataset, selection: Selection, judged: Judged, *, seed: int) -> Found:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from training.domain import LARGEST, distances_to, sampled_rows
+from training.learnt import retrieved
 from training.probabilities import from_logits
 from training.splits import Fold, cross_validation, hold_out
 from training.tasks.finetune import Recipe, fine_tune, predict
 from training.tasks.frozen import INNER_FOLDS, Inner
 from training.tasks.fusion import Fused, Head, fit_fused, fit_head, judge_inner
+from training.tasks.metric import MetricRecipe, embed, learn
+from training.tasks.nearness import dump_metric, learn_nearness
 from training.tasks.pooling import Pooler, fit_attention
 from training.units import Units
 
@@ -63,6 +67,8 @@ class FoldResult:
     """float64 [I, K]: of the groups held back for stopping; of frozen features by inner cross-validation."""
     share: float = 1.0
     """As the fold's."""
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By name, what only some tasks find of the test rows, [T, …] each."""
 
 
 def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:
@@ -154,6 +160,46 @@ def _inner(labels: Labels, rows: np.ndarray, seed: int) -> Inner:
     count = _inner_folds(names, groups, split)
     inner = cross_validation(names, groups, folds=count, repeats=1, split=split, seed=seed)
     return [(f.train, f.test) for f in inner]
+
+
+def metric_fold(recipe: MetricRecipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:
+    """As `finetune_fold`, of an embedding whose class means judge; `more` holds what the test rows retrieve, see
+    `training.learnt.names_of`: neighbours are looked for among all rows of the fit, or among its test rows alone."""
+    names, groups = labels.take(fold.train)
+    own = groups if labels.split != "image" else [str(r) for r in fold.train]
+    train, held = hold_out(names, own, fraction=HELD_FRACTION, seed=recipe.base.seed + fold.repeat)
+    outcome = learn(
+        recipe, pixels, labels.truth, labels.groups, fold.train[train], fold.train[held], fold.repeat, fold.fold
+    )
+    shown = outcome.initial.input
+    known, asked = (embed(outcome.model, shown, pixels[rows], "cpu") for rows in (fold.train, fold.test))
+    nearness = learn_nearness(known[-1][train], labels.truth[fold.train[train]], recipe.base.classes)
+    return FoldResult(
+        repeat=fold.repeat,
+        fold=fold.fold,
+        test=fold.test,
+        probabilities=nearness.probabilities(asked[-1]),
+        best_epoch=outcome.best_epoch,
+        history=outcome.history,
+        distances=distances_to(known[-1][sampled_rows(len(fold.train), FOLD_REFERENCE)], asked[-1]),
+        inner_rows=fold.train[held],
+        inner_probabilities=nearness.probabilities(known[-1][held]),
+        share=fold.share,
+        more=retrieved(known, asked, labels.truth, labels.groups, fold, recipe.base.seed),
+    )
+
+
+def refit_metric(
+    recipe: MetricRecipe, pixels: np.ndarray, labels: Labels, rows: np.ndarray, epochs: int
+) -> tuple[dict[str, np.ndarray], bytes, np.ndarray]:
+    """(network's weights by name, content of `nearness.METRIC`, embeddings of those rows that the domain keeps) of the
+    embedding trained on `rows` for `epochs` of the recipe's schedule."""
+    outcome = learn(recipe, pixels, labels.truth, labels.groups, rows, rows[:0], "refit", stop_after=epochs)
+    found = embed(outcome.model, outcome.initial.input, pixels[rows], "cpu")[-1]
+    nearness = learn_nearness(found, labels.truth[rows], recipe.base.classes)
+    content = dump_metric(outcome.model.head(), nearness, recipe.steps)
+    state = {k: v.numpy() for k, v in outcome.model.network.state_dict().items()}
+    return state, content, found[sampled_rows(len(rows), LARGEST)]
 
 
 def attention_fold(

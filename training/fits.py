@@ -17,6 +17,8 @@ from training.splits import Fold
 
 FORMAT = 1
 """Raised when what a fit computes or keeps changes: older files are then not read."""
+MORE = "more/"
+"""What a file's names of `FoldResult.more` begin with."""
 PROTOCOL = frozenset(
     {"data", "where", "folds", "repeats", "split", "site_column", "test_fraction", "label_fraction", "unit", "pooling"}
     | {"by", "prevalence", "init", "stages"}
@@ -49,6 +51,7 @@ class Fits:
             inner_rows=fold.train[values["inner"]],
             inner_probabilities=values["inner_probabilities"],
             share=fold.share,
+            more={n.removeprefix(MORE): values[n] for n in values if n.startswith(MORE)},
         )
 
     def save(self, fold: Fold, result: FoldResult) -> None:
@@ -61,6 +64,7 @@ class Fits:
             "inner": np.searchsorted(fold.train, result.inner_rows).astype(np.int64),
             "inner_probabilities": result.inner_probabilities,
         }
+        tensors |= {f"{MORE}{name}": values for name, values in result.more.items()}
         target = self._path(fold)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}")

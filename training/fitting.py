@@ -20,7 +20,17 @@ from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.device import threads_for
 from training.features import PLAIN, Features, chosen, deep, radiomic, radiomic_columns
-from training.fit import FoldResult, Labels, finetune_fold, fit_frozen, frozen_fold, fused_fold, refit_network
+from training.fit import (
+    FoldResult,
+    Labels,
+    finetune_fold,
+    fit_frozen,
+    frozen_fold,
+    fused_fold,
+    metric_fold,
+    refit_metric,
+    refit_network,
+)
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
 from training.splits import Fold
@@ -28,8 +38,12 @@ from training.tasks.finetune import Recipe, recipe_for
 from training.tasks.frozen import chosen_by
 from training.tasks.fusion import Fused
 from training.tasks.label_sets import LabelSets
+from training.tasks.metric import metric_recipe
+from training.tasks.nearness import METRIC
 from training.weights import Wanted, initial_weights, located
 
+TRAINED = frozenset({"finetune", "metric"})
+"""Tasks that train the network itself."""
 RADIOMIC_IMAGES = 128
 """Images whose radiomics one task measures."""
 
@@ -204,7 +218,7 @@ def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
         channels=dataset.channels,
         mean=tuple(dataset.info["mean"]),
         std=tuple(dataset.info["std"]),
-        extra=(("drop_path_rate", config.drop_path),) if config.task == "finetune" else (),
+        extra=(("drop_path_rate", config.drop_path),) if config.task in TRAINED else (),
     )
 
 
@@ -218,6 +232,20 @@ def finetune(fitting: Fitting) -> Trained:
     network = fitting.initial.architecture.build(len(fitting.classes))
     network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
     return Trained(results, network, features, best)
+
+
+def metric(fitting: Fitting) -> Trained:
+    """Network and embedding are trained so that classes lie apart; the refit takes the median best epoch."""
+    config = fitting.config
+    shared = (fitting.pixels, fitting.labels)
+    results = fitting.each_fold(metric_fold, metric_recipe(config, fitting.recipe(fitting.workers)), *shared)
+    best = fitting.median_epoch(results)
+    say(f"refitting on {len(fitting.kept):,} images for {best} epochs, the median of the folds")
+    alone = (metric_recipe(config, fitting.recipe(1)), *shared, fitting.kept, best)
+    state, content, features = fitting.alone(refit_metric, *alone)
+    network = fitting.initial.architecture.build(0)
+    network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+    return Trained(results, network, features, best, head="metric", files=((METRIC, content),))
 
 
 def frozen(fitting: Fitting) -> Trained:
@@ -256,4 +284,5 @@ TASKS: dict[str, Callable[[Fitting], Trained]] = {
     "linear": frozen,
     "knn": frozen,
     "svm": frozen,
+    "metric": metric,
 }

@@ -17,7 +17,7 @@ from cluster.errors import UsageError
 from cluster.outfile import claim_file
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training.artifact import Model, ModelCard, load_model, located_model, read_card
+from training.artifact import WEIGHTS, Model, ModelCard, load_model, located_model, read_card
 from training.configs import InferenceConfig
 from training.dataset import ROW_GROUP, Dataset, filter_rows, is_dataset, label_of
 from training.device import count_workers, device_in, require_room
@@ -25,6 +25,7 @@ from training.images import ImagePath, to_channels
 from training.ingest import read_row
 from training.probabilities import HALF
 from training.sources import Listing, Reader, list_source
+from training.tasks.nearness import METRIC
 
 BLOCK_ROWS = 256
 
@@ -100,7 +101,8 @@ class RunModel:
 def embedding_key(hashes: Mapping[str, str], dataset: Dataset, image_ids: Sequence[str]) -> str:
     """What features of these images under a model, by the sha256 of its files, are kept by."""
     images = hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
-    known = f"{hashes['model.safetensors']}\n{dataset.version}\n{images}"
+    weights = "".join(hashes.get(name, "") for name in (WEIGHTS, METRIC))  # an embedding is part of what gives features
+    known = f"{weights}\n{dataset.version}\n{images}"
     return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 

@@ -72,4 +72,4 @@ def _digests(rows: np.ndarray) -> frozenset[str]:
 def _used_labels(lineage: dict[str, Any]) -> bool:
     """Whether the network of a lineage, or one before it, was trained with labels."""
     before = lineage.get("initial", {}).get("lineage")
-    return lineage.get("task") == "finetune" or (before is not None and _used_labels(before))
+    return lineage.get("task") in {"finetune", "metric"} or (before is not None and _used_labels(before))

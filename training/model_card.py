@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from training.artifact import HEAD, WEIGHTS, ModelCard, versions
+from training.artifact import HEAD, HEADS, WEIGHTS, ModelCard, versions
 from training.report import with_interval
+from training.tasks.nearness import METRIC
 
 README = "README.md"
 METRICS = {
@@ -133,9 +134,16 @@ def _sections(card: ModelCard, trained: Trained) -> dict[str, list[str]]:
     }
 
 
+_CLASSIFIERS = {
+    "network": "its own",
+    "estimator": f"scikit-learn, `{HEAD}`",
+    "metric": f"the nearest class mean in an embedding of unit length, `{METRIC}`",
+}
+
+
 def _model(card: ModelCard) -> list[str]:
     network, shown, initial = card.architecture, card.input, card.lineage.get("initial", {})
-    classifier = "its own" if card.head == "network" else f"scikit-learn, `{HEAD}`"
+    classifier = _CLASSIFIERS.get(card.head, "none")
     digest = f", sha256 `{initial['sha256']}`" if initial.get("sha256") else ""
     return [
         f"- Network: `{network.name}` of timm, {network.height} x {network.width} pixels, {network.channels} channels; "
@@ -163,7 +171,7 @@ def _loading(card: ModelCard) -> list[str]:
         "probabilities = model.probabilities(pixels)  # uint8 [N, height, width, channels]",
         "```",
         "",
-        "With timm alone" + (":" if own else f", the features that `{HEAD}` judges:"),
+        "With timm alone" + (":" if own else f", the features that `{HEADS.get(card.head, (HEAD,))[0]}` works on:"),
         "",
         "```python",
         card.architecture.snippet(WEIGHTS, len(card.classes) if own else 0),

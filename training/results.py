@@ -13,6 +13,7 @@ from training import figures, metrics, multilabel, report
 from training.dataset import Dataset, Selection
 from training.fit import FoldResult
 from training.judgement import Judged, confusion_of, guessing
+from training.learnt import asked_of
 from training.units import Units
 
 WORDS = {
@@ -65,7 +66,8 @@ def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ())
             held = np.asarray([row["held_loss"] for row in result.history])
             series[f"repeat {result.repeat} fold {result.fold}"] = (epochs, held)
     if series:
-        figures.curves(series, folder / "learning.png", "epoch", "loss on groups held back for stopping")
+        judged_by = "loss" if asked_of(results) is None else "1 - mAP@R"
+        figures.curves(series, folder / "learning.png", "epoch", f"{judged_by} on groups held back for stopping")
 
 
 def metrics_table(values: dict[str, Any], caption: str) -> report.Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
@@ -18,6 +20,16 @@ class Retrieved(Metric):
     """A metric and its value expected of a random ranking."""
 
     chance: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What each of Q queries found: `scores` and expected `chances` [Q, 6] in order of `NAMES`, and whether there was
+    anything of its class to find, bool [Q]."""
+
+    scores: Floats
+    chances: Floats
+    judged: NDArray[np.bool_]
 
 
 def retrieval_metrics(
@@ -40,25 +52,34 @@ def retrieval_metrics(
     Raises:
         ValueError: shapes differ, a feature is not finite or not of length 1, or a group has an empty name.
     """
-    x, member, units = _checked(features, labels, groups, resamples, seed)
+    zeros = np.zeros(len(np.asarray(groups)), dtype=np.int64)
+    units = Units.of(groups, zeros, zeros, resamples=resamples, seed=seed)
+    return summarise(per_query(features, labels, groups, seed=seed), units)
+
+
+def per_query(
+    features: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, asked: ArrayLike | None = None, seed: int = 0
+) -> Queries:
+    """What rows `asked` (default all N) find among all N rows of other groups; arguments and errors as above."""
+    x, member = _checked(features, labels)
+    group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
     order = np.random.default_rng(seed).permutation(len(x))
-    scores, chances = np.zeros((len(x), len(NAMES))), np.zeros((len(x), len(NAMES)))
-    judged = np.zeros(len(x), dtype=bool)
+    rows = np.arange(len(x)) if asked is None else np.asarray(asked, dtype=np.int64)
+    scores, chances = np.zeros((len(rows), len(NAMES))), np.zeros((len(rows), len(NAMES)))
+    judged = np.zeros(len(rows), dtype=bool)
     step = max(1, CELLS // len(x))
-    for start in range(0, len(x), step):
-        queries = np.arange(start, min(start + step, len(x)))
-        other = units.group[queries, None] != units.group[order]
+    for start in range(0, len(rows), step):
+        part, queries = slice(start, start + step), rows[start : start + step]
+        other = group[queries, None] != group[order]
         relevant = (member[queries] @ member[order].T > 0) & other
         similar = np.where(other, x[queries] @ x[order].T, -np.inf)
-        scores[queries] = _scores(similar, relevant)
-        chances[queries] = _chances(relevant.sum(axis=1), other.sum(axis=1))
-        judged[queries] = relevant.any(axis=1)
-    return _summarise(scores, chances, judged, units)
+        scores[part] = _scores(similar, relevant)
+        chances[part] = _chances(relevant.sum(axis=1), other.sum(axis=1))
+        judged[part] = relevant.any(axis=1)
+    return Queries(scores, chances, judged)
 
 
-def _checked(
-    features: ArrayLike, labels: ArrayLike, groups: ArrayLike, resamples: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], Units]:
+def _checked(features: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     x, y = np.asarray(features, dtype=np.float32), np.asarray(labels)
     if x.ndim != 2 or len(y) != len(x) or y.ndim not in {1, 2}:
         raise ValueError(f"features {x.shape} and labels {y.shape}: must be [N,D] and [N] or [N,K]")
@@ -67,8 +88,7 @@ def _checked(
         wrong = int((~(np.abs(lengths - 1) < 1e-3)).sum())
         raise ValueError(f"features: {wrong} of {len(x)} rows are not of length 1; divide each by its norm")
     member = (y[:, None] == np.unique(y)) if y.ndim == 1 else y
-    zeros = np.zeros(len(x), dtype=np.int64)
-    return x, member.astype(np.float32), Units.of(groups, zeros, zeros, resamples=resamples, seed=seed)
+    return x, member.astype(np.float32)
 
 
 def _scores(similar: NDArray[np.float32], relevant: NDArray[np.bool_]) -> Floats:
@@ -122,13 +142,15 @@ def _log_choose(n: Floats, k: Floats) -> Floats:
     return logs
 
 
-def _summarise(scores: Floats, chances: Floats, judged: NDArray[np.bool_], units: Units) -> dict[str, Retrieved]:
+def summarise(found: Queries, units: Units) -> dict[str, Retrieved]:
+    """The metrics of queries [Q], of which `units` knows group, fold and repeat."""
+    scores, chances, judged = found.scores, found.chances, found.judged
     of = np.repeat(judged[:, None], len(RANKS), axis=1)
-    found = units.rates(scores[:, :-1] * of, of)
+    rates = units.rates(scores[:, :-1] * of, of)
     columns = np.column_stack([scores[:, -1] * judged, judged])
-    found += units.draw(columns, lambda sums: ratio(sums[..., :1], sums[..., 1:])).metrics()
+    rates += units.draw(columns, lambda sums: ratio(sums[..., :1], sums[..., 1:])).metrics()
     chance = chances[judged].mean(axis=0) if judged.any() else np.full(len(NAMES), np.nan)
     return {
         name: Retrieved(value=m["value"], ci95=m["ci95"], per_fold=m["per_fold"], chance=number(chance[at]))
-        for at, (name, m) in enumerate(zip(NAMES, found, strict=True))
+        for at, (name, m) in enumerate(zip(NAMES, rates, strict=True))
     }

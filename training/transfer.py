@@ -21,12 +21,14 @@ from training.budgets import budget_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.device import count_workers, device_in
-from training.findings import neighbours_of, overlap_with, statistics_of
+from training.findings import Found, first_neighbours, learnt_neighbours, neighbours_of, overlap_with, statistics_of
 from training.fit import FoldResult, attention_fold, refit_attention
 from training.fitting import Fitting, Trained
+from training.hits import write_hits
 from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, judge, of_units
+from training.learnt import asked_of
 from training.lineage import labelled_by, own_images, seen_by
 from training.mistakes import mistakes_section
 from training.model_card import README, model_card
@@ -154,7 +156,7 @@ class _Study:
 
     def _more_sections(self) -> list[report.Section]:
         """What the report says beside the results themselves; its numbers are in `more`."""
-        config, judged, labels = self.config, self.judged, self.labels
+        config, judged = self.config, self.judged
         found = [self.chain.told(self.out.path, judged.metrics)] if self.chain is not None else []
         budgets = {f"{share:g}": self._budget_summary(share) for share in self.budgets}
         curve = budget_section(self.out.path / "figures", budgets)
@@ -162,14 +164,28 @@ class _Study:
         chosen: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
         found.append(statistics_of(judged, self.selection, **chosen))
         found.append(overlap_with(seen_by(config.init), self.dataset, self.selection, judged, seed=config.seed))
-        if config.init != "none":  # random weights know no neighbours
-            found.append(
-                neighbours_of(self.fitting.features(), labels.truth, labels.names, labels.groups, seed=config.seed)
-            )
+        found += self._neighbours()
         values = [more.pop("metrics", {}) | more.get("retrieval", {}) for _, more in found]
         self.more = {key: value for _, more in found for key, value in more.items() if key != "retrieval"}
         self.more["metrics"] = {name: metric for part in values for name, metric in part.items()}
         return [section for sections, _ in found for section in sections]
+
+    def _neighbours(self) -> list[Found]:
+        """Of the embedding that the run trained, and of the first weights; random ones know no neighbours."""
+        found, labels, seed = [], self.labels, self.config.seed
+        learnt = asked_of(self.results)
+        if learnt is not None:
+            found.append(learnt_neighbours(learnt, labels.groups, seed=seed))
+        first = None
+        if self.config.init != "none":
+            features, prefix = self.fitting.features(), "" if learnt is None else "first_weights/"
+            first = first_neighbours(features, labels.truth, labels.groups, seed=seed)
+            known = (features, labels.truth, labels.names, labels.groups)
+            found.append(neighbours_of(first, *known, seed=seed, prefix=prefix))
+        asked = learnt or first
+        if asked is not None:
+            write_hits(self.out.path, self.selection, asked)
+        return found
 
     def _budget(self, rows: np.ndarray, share: float) -> np.ndarray:
         names, groups = self.labels.names, self.labels.groups

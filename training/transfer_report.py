@@ -19,6 +19,7 @@ from training.limits import Known, limits_of, sites_in
 from training.model_card import Trained, first_weights
 from training.protocol import in_words
 from training.results import class_counts, data_section, result_section, unit_blocks
+from training.tasks.nearness import METRIC
 from training.units import Units
 
 MOST_CLASSES = 12
@@ -28,11 +29,20 @@ TASKS = {
     "linear": "The network was left as it is; a linear classifier was trained on the numbers it gives for an image.",
     "knn": "The network was left as it is; an image takes the class of those that it gives similar numbers for.",
     "svm": "The network was left as it is; a support vector machine was trained on the numbers it gives for an image.",
+    "metric": "The whole network was trained so that images of a class lie together in an embedding (metric learning); "
+    "an image is of the class whose mean it lies nearest to.",
 }
 TUNED = {
     "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",
     "knn": "20 neighbours, weighted by distance; nothing was chosen.",
     "svm": "RBF kernel, C = 10; probabilities scaled by an inner, grouped cross-validation of each training side.",
+}
+_WEIGHED = "Classes were weighted to have the same say in training."
+IMBALANCE = {
+    "finetune": _WEIGHED,
+    "linear": _WEIGHED,
+    "svm": _WEIGHED,
+    "metric": "Every batch held as many images of each of its classes.",
 }
 
 
@@ -230,9 +240,12 @@ def _protocol(facts: Facts) -> list[report.Block]:
     return blocks
 
 
+_HEADS = {"estimator": f"the classifier is in {HEAD}", "metric": f"the embedding on it is in {METRIC}"}
+
+
 def _model(facts: Facts) -> list[report.Block]:
     card, network = facts.card, facts.card.architecture
-    own = card.head == "network"
+    own, head = card.head == "network", _HEADS.get(card.head, "")
     fitted = f" for {facts.best_epoch} epochs, the median of the folds" if facts.best_epoch else ""
     return [
         report.Text(
@@ -243,7 +256,7 @@ def _model(facts: Facts) -> list[report.Block]:
         ),
         report.Text(
             "rayograph predict and rayograph serve use it as it is. To load "
-            + ("it" if own else f"the network alone (the classifier is in {HEAD})")
+            + ("it" if own else f"the network alone ({head})")
             + " with timm:"
         ),
         report.Code(card.architecture.snippet(f"model/{WEIGHTS}", len(card.classes) if own else 0)),
@@ -298,19 +311,22 @@ def _about_training(facts: Facts) -> dict[str, str]:
         "selection": "No test image chose anything. The final model was fitted again on all labelled images"
         + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
         "ensembles": "None: one model answers.",
-        "imbalance": "Classes were weighted to have the same say in training."
-        if config.task in {"finetune", "linear", "svm"}
-        else "",
+        "imbalance": IMBALANCE.get(config.task, ""),
         "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
         "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",
     }
 
 
 def _recipe(config: TransferConfig) -> str:
+    if config.task == "metric":
+        margin = "its own margin" if config.margin is None else f"margin {config.margin:g}"
+        target = f"loss {config.loss} with {margin}, {config.embedding} numbers an embedding"
+    else:
+        target = f"label smoothing {config.label_smoothing:g}"
     return (
         f"AdamW, at most {config.epochs} epochs, batch {config.batch_size}, learning rate {config.lr:g} with warm-up "
-        f"and cosine, weight decay {config.weight_decay:g}, stochastic depth {config.drop_path:g}, label smoothing "
-        f"{config.label_smoothing:g}; crops of at least {config.min_crop:.0%} of the area, "
+        f"and cosine, weight decay {config.weight_decay:g}, stochastic depth {config.drop_path:g}, "
+        f"{target}; crops of at least {config.min_crop:.0%} of the area, "
         f"{'mirroring, ' if config.flip else ''}{'quarter turns, ' if config.turns else ''}"
         f"brightness and contrast by {config.jitter:.0%}."
     )

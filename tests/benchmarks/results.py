@@ -210,6 +210,27 @@ def _pictures(model: Any, index: Path, column: str, value: str) -> np.ndarray:
     return np.stack([to_channels(pixels, card.input.channels) for pixels in decoded])
 
 
+def svm() -> str:
+    """SVMs on deep and radiomic features, see `tests.benchmarks.deep_and_radiomic`."""
+    from tests.benchmarks import deep_and_radiomic
+
+    return deep_and_radiomic.svm()
+
+
+def retrieval() -> str:
+    """Recall@k of trained embeddings, see `tests.benchmarks.metric`."""
+    from tests.benchmarks import metric
+
+    return metric.retrieval(CACHE, STUDIES, run)
+
+
+def distances() -> str:
+    """What class centres save against pairs, see `tests.benchmarks.metric`."""
+    from tests.benchmarks import metric
+
+    return metric.distances(DATA / "cervix")
+
+
 def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -246,14 +267,10 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    if unlike.__name__ in sys.argv:
-        print("\n" + unlike())
-        return 0
-    if "svm" in sys.argv:
-        from tests.benchmarks.deep_and_radiomic import svm
-
-        print("\n" + svm())
-        return 0
+    for part in (unlike, svm, retrieval, distances):
+        if part.__name__ in sys.argv:
+            print("\n" + part())
+            return 0
     wanted = [a for a in sys.argv[1:] if a in STUDIES] or list(STUDIES)
     if "--table" not in sys.argv:
         for name in wanted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from cluster.errors import ResourceError, UsageError
 from cluster.session import Resources, cores
@@ -11,7 +10,6 @@ from training.device import (
     accelerator,
     choose_device,
     count_workers,
-    describe,
     device_in,
     precision_of,
     require_room,
@@ -85,7 +83,3 @@ def test_workers_share_the_cores_and_each_has_one() -> None:
     for workers in range(1, 9):
         assert threads_for(workers) >= 1
         assert threads_for(workers) * workers <= max(cores(), workers)
-
-
-def test_a_device_describes_itself() -> None:
-    assert describe("cpu") == {"device": "cpu", "name": "cpu", "torch": torch.__version__}

@@ -29,6 +29,8 @@ from training.export import Probe, export, probe_of
 from training.images import ImagePath, decode
 from training.tasks.frozen import ESTIMATORS, Frozen
 from training.tasks.label_sets import LABEL_SET_ESTIMATORS, LabelSets
+from training.tasks.nearness import METRIC, dump_metric, learn_nearness
+from training.tasks.progressive import Progressive
 from training.transform import Input, evaluation_view
 
 pytestmark = pytest.mark.slow
@@ -135,6 +137,41 @@ TRUTHS = {
     "all": np.arange(60) % 3,
     "two": np.arange(60) % 2 * 2,  # the second class was absent
 }
+
+
+def metric(run: Path, architecture: Architecture, steps: int) -> str:
+    """A model whose features are an untrained embedding."""
+    shown = card(architecture, head="metric", classes=NAMES, temperature=0.7)
+    c = architecture.channels
+    network = network_of(architecture)
+    embedding = Progressive(network, torch.zeros(1, c, architecture.height, architecture.width), 8, steps)
+    embedding.seed(0)
+    points = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    nearness = learn_nearness(points, np.arange(30) % 3, 3)
+    save_model(run / "model", shown, network, files=[(METRIC, dump_metric(embedding.head(), nearness, steps))])
+    return str(run)
+
+
+@every_architecture
+def test_an_embedding_becomes_a_graph_with_its_classes(architecture: Architecture, tmp_path: Path) -> None:
+    model = metric(tmp_path / "run", architecture, 1)
+    summary = exported(model, tmp_path / "out")
+    assert summary["outputs"] == ["features", "probabilities"]
+    shown = pixels(architecture, 4)
+    features, probabilities = run_onnx(tmp_path / "out", shown)
+    ours = load_model(model)
+    np.testing.assert_allclose(features, ours.embed(shown), atol=1e-4)
+    np.testing.assert_allclose(probabilities, ours.probabilities(shown), atol=1e-4)
+    assert features.shape == (4, 8)
+
+
+def test_an_embedding_with_crops_is_refused_as_a_graph_and_leaves_its_encoder_to_timm(tmp_path: Path) -> None:
+    model = metric(tmp_path / "run", CONV, 2)
+    with pytest.raises(UsageError, match="an embedding of --steps 2 crops images, which has no ONNX form") as caught:
+        exported(model, tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1
+    assert exported(model, tmp_path / "timm", "timm")["classes"] == 0
 
 
 @pytest.mark.parametrize("truth", TRUTHS)
