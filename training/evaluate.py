@@ -297,7 +297,7 @@ def _probabilities(
 
 def _dimension(model: Model) -> int:
     network: Any = model.network
-    return int(network.num_features)
+    return int(network.head_hidden_size)
 
 
 def _pooler(run: str, dimension: int, classes: int) -> pooling.Pooler:
