@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 from cyclopts import Parameter
@@ -15,6 +15,9 @@ Split = Literal["group", "image", "site", "holdout"]
 Unit = Literal["image", "case", "group"]
 Pooling = Literal["mean", "attention"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Modality = Literal["auto", "none", "xray", "ct", "oct", "fundus", "derm", "cytology", "ultrasound"]
+AUGMENTATION_FIELDS = ("min_crop", "flip", "turns", "jitter")
+"""What `--modality` decides where it is given."""
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
 """Flags that take several values after one name."""
@@ -105,6 +108,8 @@ class PretrainConfig(Config):
     "Smallest share of the image area that a random crop keeps."
     flip: bool = True
     "Mirror half of the images left to right."
+    modality: Modality = "auto"
+    "Kind of images: random changes that are safe for it, instead of --min-crop and --flip."
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     "auto is bf16 where the hardware gains from it."
     checkpoint_s: float = 60.0
@@ -135,6 +140,7 @@ class PretrainConfig(Config):
         self._require("keep", self.keep >= 1, "must be at least 1")
         self._require("lr", self.lr > 0, "must be positive")
         self._require("watchdog_s", self.watchdog_s > 0, "must be positive")
+        _refuse_beside_modality(self)
 
 
 @Parameter(name="*")
@@ -203,6 +209,8 @@ class TransferConfig(Config):
     "Turn images by quarter turns: only where a picture has no upright."
     jitter: float = 0.1
     "Largest random change of contrast and brightness, as a share."
+    modality: Modality = "auto"
+    "Kind of images: random changes that are safe for it, instead of --min-crop, --flip, --turns and --jitter."
     image_size: str = "auto"
     "N or HxW; auto is the size of the initial weights' model."
     workers: str = "auto"
@@ -243,6 +251,7 @@ class TransferConfig(Config):
         self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
         frozen = "needs frozen features: --task linear, knn or svm"
         self._require("pooling", self.pooling == "mean" or self.task != "finetune", frozen)
+        _refuse_beside_modality(self)
 
 
 @Parameter(name="*")
@@ -363,6 +372,17 @@ class ExportConfig(Config):
     "Leave the classifier out: features alone."
     overwrite: bool = False
     "Replace what is at --out."
+
+
+def _refuse_beside_modality(config: PretrainConfig | TransferConfig) -> None:
+    """Raises UsageError where a flag says one thing and `--modality` may say another."""
+    if config.modality == "auto":
+        return
+    for field in fields(config):
+        given = getattr(config, field.name)
+        if field.name in AUGMENTATION_FIELDS and given != field.default:
+            flag = field.name.replace("_", "-")
+            raise UsageError(f"--{flag} {given}: --modality {config.modality} decides it; leave one of the two out")
 
 
 def parse_size(text: str, *, flag: str = "--image-size") -> tuple[int, int]:

@@ -22,6 +22,7 @@ from cluster import storage
 from cluster.code import check_here
 from cluster.errors import DataError, RayographError
 from training import checkpoint
+from training.augment import augmentation_of
 from training.checkpoint import Position, Saver
 from training.configs import PretrainConfig
 from training.device import threads_for
@@ -104,7 +105,7 @@ def _seed_own(module: nn.Module, seed: int, prefix: str) -> None:
 
 
 def augmentation(config: PretrainConfig) -> Augmentation:
-    return Augmentation(config.min_crop, config.flip)
+    return augmentation_of(config)
 
 
 class RegroupError(Exception):

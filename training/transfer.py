@@ -53,6 +53,7 @@ from training.tasks.finetune import Recipe, recipe_for
 from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.transform import evaluation_view
 from training.units import fold_of_units
+from training.views import views_section
 from training.weights import Wanted, initial_weights, located
 
 
@@ -187,6 +188,9 @@ class _Study:
         chosen: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
         found.append(statistics_of(judged, self.selection, **chosen))
         found.append(overlap_with(seen_by(config.init), self.dataset, self.selection, judged, seed=config.seed))
+        if config.task == "finetune":
+            shown = views_section(self.out.path / "figures", self.pixels, self.initial.input, config)
+            found.append(([shown], {}))
         if config.init != "none":  # random weights know no neighbours
             found.append(neighbours_of(self._features(), labels.truth, labels.names, labels.groups, seed=config.seed))
         values = [more.pop("metrics", {}) | more.get("retrieval", {}) for _, more in found]

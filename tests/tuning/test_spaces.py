@@ -45,8 +45,9 @@ def test_a_field_of_transfer_is_searched_fixed_or_its_own_affair() -> None:
     splits = {"folds", "repeats", "split", "test_fraction", "site_column", "label_fraction"}
     labels = {"multi_label", "order", "unit", "pooling"}  # trials choose by one class per image
     judged = {"by", "prevalence"}
+    preset = {"modality"}  # decides min_crop and jitter, which are searched
     names = {field.name for field in fields(TransferConfig)}
-    assert set(STUDIES["transfer"]) | set(FIXED) | run | splits | labels | judged == names
+    assert set(STUDIES["transfer"]) | set(FIXED) | run | splits | labels | judged | preset == names
     assert set(STUDIES["transfer"]).isdisjoint(FIXED)
 
 
