@@ -72,11 +72,11 @@ MODALITIES = {
     ),
     "cytology": Modality(
         "smears and cells",
-        Augmentation(0.8, turns=True, jitter=0.1, aspect=1.0, stain=0.15, saturation=0.1, blur=0.3),
+        Augmentation(0.8, turns=True, jitter=0.1, aspect=1.0, stain=0.06, saturation=0.1, blur=0.3),
         "All quarter turns and mirrored: a slide has no upright. Stains differ between laboratories: each channel's "
-        "density varies a little, clear glass stays white; and so does focus. Not stretched, and zoomed by at most an "
-        "eighth: size and roundness of the nucleus, and its share of the cell, are what is read. No free tilt, "
-        "which would invent corners.",
+        "density varies, clear glass stays white, but too little to turn a pink cytoplasm into a blue one, which is a "
+        "finding. Focus varies too. Not stretched, and zoomed by at most an eighth: size and roundness of the nucleus, "
+        "and its share of the cell, are what is read. No free tilt, which would invent corners.",
     ),
     "ultrasound": Modality(
         "ultrasound",

@@ -57,8 +57,9 @@ class Architecture:
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `timm.create_model`. ViTs average the normalised patch tokens (He et al. 2022, fine-tuning)."""
         if self.patch is None:
-            sized = timm.get_pretrained_cfg(self.name, allow_unregistered=True).fixed_input_size
-            return {**({"img_size": (self.height, self.width)} if sized else {}), "in_chans": self.channels}
+            known = timm.get_pretrained_cfg(self.name)  # Swin and others are built for one size
+            sized = {"img_size": (self.height, self.width)} if known and known.fixed_input_size else {}
+            return {**sized, "in_chans": self.channels}
         return {
             "img_size": (self.height, self.width),
             "patch_size": self.patch,
@@ -138,10 +139,13 @@ def _check_takes(architecture: Architecture) -> None:
             architecture.build().eval()(images)
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        native = "x".join(map(str, timm.get_pretrained_cfg(architecture.name).input_size[1:]))
+        known = timm.get_pretrained_cfg(architecture.name)
+        advice = (
+            f"--image-size {'x'.join(map(str, known.input_size[1:]))}, or another model" if known else "another model"
+        )
         raise UsageError(
             f"--model {architecture.name}: takes no images of {architecture.height}x{architecture.width} with "
-            f"{architecture.channels} channels ({said[:160]}); try --image-size {native}, or another model"
+            f"{architecture.channels} channels ({said[:160]}); try {advice}"
         ) from error
 
 

@@ -99,8 +99,8 @@ class ParallelResNet(nn.Module):
         self.num_classes, self.classifier = num_classes, self._classifier(num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        stem: Tensor = self.stem(images)
-        before, made = stem, self.blocks[0](stem)
+        before: Tensor = self.stem(images)
+        made: Tensor = self.blocks[0](before)
         for block in self.blocks[1:]:
             before, made = self.pool(before), self.pool(made)
             before, made = made, block(torch.cat([made, before], dim=1))
@@ -111,7 +111,10 @@ class ParallelResNet(nn.Module):
         for layer in self.hidden:
             features = F.relu(layer(features))
             features = F.dropout(features, self.drop_rate, training=self.training and self.num_classes > 0)
-        return features if pre_logits else self.classifier(features)
+        if pre_logits:
+            return features
+        logits: Tensor = self.classifier(features)
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))

@@ -46,6 +46,7 @@ from training.overlap import groups_of
 from training.predictions import write_predictions, write_units
 from training.protocol import laid_out, protocol_of
 from training.results import figures_of
+from training.sheets import sheet_section
 from training.splits import Fold, budget
 from training.subgroups import columns_of
 from training.tasks import pooling
@@ -53,7 +54,6 @@ from training.tasks.finetune import Recipe, recipe_for
 from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.transform import evaluation_view
 from training.units import fold_of_units
-from training.views import views_section
 from training.weights import Wanted, initial_weights, located
 
 
@@ -189,7 +189,7 @@ class _Study:
         found.append(statistics_of(judged, self.selection, **chosen))
         found.append(overlap_with(seen_by(config.init), self.dataset, self.selection, judged, seed=config.seed))
         if config.task == "finetune":
-            shown = views_section(self.out.path / "figures", self.pixels, self.initial.input, config)
+            shown = sheet_section(self.out.path / "figures", self.pixels, self.initial.input, config)
             found.append(([shown], {}))
         if config.init != "none":  # random weights know no neighbours
             found.append(neighbours_of(self._features(), labels.truth, labels.names, labels.groups, seed=config.seed))

@@ -13,8 +13,8 @@ from cluster.errors import UsageError
 from tests.hostile import picture
 from training.augment import MODALITIES, augmentation_of, described
 from training.configs import Modality, PretrainConfig, TransferConfig
+from training.sheets import contact_sheet, sheet_section
 from training.transform import VIEW, Augmentation, Input, evaluation_view, sample_draws, training_view
-from training.views import contact_sheet, views_section
 
 every_modality = pytest.mark.parametrize("name", sorted(MODALITIES))
 COLOUR = Input(24, 32, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -149,7 +149,7 @@ def test_a_contact_sheet_shows_each_image_as_it_is_and_then_its_views() -> None:
 def test_the_section_of_a_report_shows_the_views_and_says_what_was_changed(
     wanted: Input, modality: Any, tmp_path: Path
 ) -> None:
-    section = views_section(tmp_path / "figures", stored(6), wanted, transferring(modality=modality))
+    section = sheet_section(tmp_path / "figures", stored(6), wanted, transferring(modality=modality))
     text, figure = section.blocks
     assert described(augmentation_of(transferring(modality=modality))) in text.paragraph  # type: ignore[union-attr]
     assert (modality == "xray") == ("situs inversus" in text.paragraph)  # type: ignore[union-attr]

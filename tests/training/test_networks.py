@@ -19,6 +19,7 @@ from training.encoder import OWN, Architecture, architecture_for, check_model, l
 from training.images import ImagePath
 from training.parallel_resnet import KERNELS, ParallelResNet
 from training.transform import Input
+from training.weights import Wanted, initial_weights
 
 NAMES = ("resnet18", "convnext_atto", "efficientnet_lite0", "mobilenetv3_small_050", "vit_tiny_patch16_224")
 every_network = pytest.mark.parametrize("name", [*NAMES, *sorted(OWN)])
@@ -109,6 +110,31 @@ def test_an_unknown_name_is_refused_with_the_nearest_also_of_our_own() -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mixer_s32_224"])
+def test_a_network_of_one_size_is_built_for_the_size_asked_for(name: str) -> None:
+    found = architecture(name, "64")
+    network = found.build().eval()
+    with torch.inference_mode():
+        assert pooled(network, images(found)).shape == (2, network.head_hidden_size)
+    assert "img_size=(64, 64)" in found.snippet("w.safetensors")
+
+
+def test_a_size_that_a_network_cannot_take_is_refused_in_one_line_with_its_own() -> None:
+    with pytest.raises(
+        UsageError, match=r"--model levit_128s: takes no images of 70x110 .* --image-size 224x224"
+    ) as caught:
+        architecture("levit_128s", "70x110")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_stochastic_depth_is_trained_without() -> None:
+    extra = (("drop_path_rate", 0.1),)
+    wanted = Wanted("none", "auto", "ghostnet_050", "32", 0, "cpu", 3, (0.5,) * 3, (0.2,) * 3, extra)
+    with pytest.raises(TypeError, match="drop_path_rate"):
+        architecture("ghostnet_050", "32").build(0, **dict(extra))
+    assert initial_weights(wanted).architecture.name == "ghostnet_050"
+
+
 # parallel_resnet
 
 
@@ -126,7 +152,8 @@ def by_hand(network: ParallelResNet, x: torch.Tensor) -> torch.Tensor:
         made = nn.functional.conv2d(values, weight, stride=layer.conv.stride, padding=weight.shape[-1] // 2)
         shape = (1, -1, 1, 1)
         scaled = (made - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt()
-        return scaled * norm.weight.view(shape) + norm.bias.view(shape)
+        found: torch.Tensor = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+        return found
 
     def pool(values: torch.Tensor) -> torch.Tensor:
         return nn.functional.max_pool2d(values, 3, 2, 1)

@@ -37,7 +37,7 @@ def contact_sheet(
     return np.concatenate(rows, axis=0)
 
 
-def views_section(
+def sheet_section(
     folder: Path, pixels: np.ndarray, wanted: Input, config: PretrainConfig | TransferConfig
 ) -> report.Section:
     """The random views that a run trained on, of a few of its images [N, H, W, 1|3]; draws views.png in `folder`."""
