@@ -1,9 +1,9 @@
 """Which random changes of an image are safe for which kind of image: `--modality`.
 
 A change is allowed where it leaves every finding what it was. Sources: Xiao et al., WACV 2023 (crops of half the area
-and more for chest X-rays), Tellez et al., Med Image Anal 58:101544, 2019 (stains vary more than anything else between
-laboratories); the strengths are our choice. Training with labels crops less than training without: a label may be of a
-small finding at the edge, and without labels nothing can become wrong.
+and more for chest X-rays), Tellez et al., Med Image Anal 58:101544, 2019 (stains differ between laboratories, and
+varying them helps); the strengths are our choice. Training with labels crops less than training without: a label may
+be of a small finding at the edge, and without labels nothing can become wrong.
 """
 
 from __future__ import annotations
@@ -59,16 +59,17 @@ MODALITIES = {
     "fundus": Modality(
         "photographs of the fundus",
         Augmentation(0.85, jitter=0.1, aspect=1.05, tilt=10, gamma=0.1, saturation=0.1),
-        "Mirrored left to right, as in the fellow eye, never upside down: no eye has the upper arcade below. No hue "
-        "changes: it tells haemorrhages from exudates and these from cotton-wool spots. Not blurred, and hardly "
-        "cropped: microaneurysms are a few pixels wide, and may lie at the edge.",
+        "Mirrored left to right, as in the fellow eye, never upside down: no eye has the upper arcade below. Hue "
+        "stays, but for the degree or so that gamma moves it: it tells haemorrhages from exudates and these from "
+        "cotton-wool spots. Not blurred, and hardly cropped: microaneurysms are a few pixels wide, and may lie at the "
+        "edge.",
     ),
     "derm": Modality(
         "dermoscopy",
         Augmentation(0.8, turns=True, jitter=0.1, aspect=1.05, tilt=15, gamma=0.1, saturation=0.1),
-        "Turned and mirrored: the instrument has no upright. No hue changes: blue-grey, red and white areas are "
-        "criteria of their own. Hardly stretched or cropped: asymmetry and the whole border are read. Not blurred: "
-        "pigment network and dots are fine.",
+        "Turned and mirrored: the instrument has no upright. Hue stays, but for the degree or so that gamma moves it: "
+        "blue-grey, red and white areas are criteria of their own. Hardly stretched or cropped: asymmetry and the "
+        "whole border are read. Not blurred: pigment network and dots are fine.",
     ),
     "cytology": Modality(
         "smears and cells",

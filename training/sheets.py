@@ -46,14 +46,15 @@ def sheet_section(
     chosen = np.sort(keyed.generator("views", config.seed).permutation(len(pixels))[:IMAGES])
     sheet = contact_sheet(pixels[chosen], wanted, [augmentation], seed=config.seed)
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[2] == 1 else sheet).save(folder / FILE)
+    changed = (
+        "No image was shown twice alike. Each time it was changed at random, so that the network would not learn by "
+        f"heart what has no meaning: {described(augmentation)}."
+    )
     preset = "" if config.modality == "auto" else f" {MODALITIES[config.modality].reason}"
     return report.Section(
         "What it was shown",
         [
-            report.Text(
-                "No image was shown twice alike. Each time it was changed at random, so that the network would not "
-                f"learn by heart what has no meaning: {described(augmentation)}.{preset}"
-            ),
+            report.Text(f"{'' if config.modality == 'none' else changed}{preset}".strip()),
             report.Figure(
                 folder / FILE,
                 f"Rows of {COLUMNS + 1} pictures: an image as it is, then random views of it",
