@@ -32,7 +32,7 @@ CHAINS = {
     "vit": Chain("ViT-tiny, masked autoencoder", {"method": "mae", "preset": "tiny"}),
     "parallel_resnet_tiny": Chain(
         "parallel_resnet_tiny, rotations",
-        {"method": "rotation", "model": "parallel_resnet_tiny", "image_size": "96"},
+        {"method": "rotation", "model": "parallel_resnet_tiny"},
     ),
 }
 
@@ -48,9 +48,11 @@ class Effort:
     folds: int = 5
     budgets: dict[str, int] = field(default_factory=lambda: {"0.1": 60, "1.0": 12})
     """Share of the labels -> epochs: a tenth of the images makes a tenth of the steps."""
+    size: str = "96"
+    """Of the images, in pixels."""
 
 
-SMALL = Effort("double-small", 1, 1, 1, 2, {"0.1": 2, "1.0": 1})
+SMALL = Effort("double-small", 1, 1, 1, 2, {"0.1": 2}, "48")
 
 
 def double() -> str:
@@ -77,6 +79,7 @@ def written(file: Path, chain: Chain, middle: Path, effort: Effort) -> Path:
     """The chain's file: JSON is YAML."""
     common = {"data": str(middle), "workers": "2"}
     pretext = {"name": "single", "verb": "pretrain", "epochs": effort.pretext, "probe": False, **common}
+    pretext["image_size"] = effort.size
     labelled = {"name": "double", "verb": "transfer", "epochs": effort.middle, "split": "holdout", "turns": True}
     file.write_text(json.dumps({"stages": [pretext | chain.pretext, labelled | common]}, indent=1))
     return file
