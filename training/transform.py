@@ -106,14 +106,16 @@ class Augmentation:
         )
 
 
-def training_view(pixels: np.ndarray, wanted: Input, draws: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
+def training_view(
+    pixels: np.ndarray, wanted: Input, draws: np.ndarray, device: str | torch.device = "cpu", *, zoom: float = 1.0
+) -> Tensor:
     """Random views by `draws` [B, 8]: stored pixels uint8 [B, H, W, 1|3] -> normalised float [B, C, h, w].
 
     One bilinear sampling does crop, mirror and turn; where the stored size is far above the network's, an antialiased
-    reduction comes first.
+    reduction comes first, to no less than a crop whose side is a share `zoom` of the image's needs.
     """
     images = to_tensor(pixels, wanted.channels, device)
-    limit = 1.5
+    limit = 1.5 / zoom
     if images.shape[2] > limit * wanted.height or images.shape[3] > limit * wanted.width:
         images = _resize(images, math.ceil(limit * wanted.height), math.ceil(limit * wanted.width))
     values = torch.as_tensor(draws, dtype=torch.float32, device=images.device)
