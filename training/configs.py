@@ -69,13 +69,13 @@ class PretrainConfig(Config):
     out: str
     "Where the RUN goes; an unfinished one of the same config is resumed."
     method: str = "mae"
-    "Pretraining method."
+    "mae, sssd (mae and self-distillation), distill (--teacher), dino or rotation; the first two need a ViT."
     preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
     "Model size; auto is tiny without an accelerator and base with one."
     model: str | None = None
-    "A timm ViT name instead of the preset's."
+    "A timm name instead of the preset's."
     init: str = "none"
-    "Starting weights: none, a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
+    "Starting weights: none, imagenet (a conv net), a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     epochs: int = 100
@@ -89,13 +89,37 @@ class PretrainConfig(Config):
     image_size: str = "auto"
     "N or HxW, divisible by the patch; auto is the preset's."
     mask_ratio: float = 0.75
-    "Share of patches hidden from the encoder."
+    "mae, sssd: share of patches hidden from the encoder."
     norm_pix: bool = True
-    "Reconstruct patches normalised by their own mean and variance."
+    "mae, sssd: reconstruct patches normalised by their own mean and variance."
     decoder_width: int | None = None
-    "Decoder embedding width; default by preset."
+    "mae, sssd: decoder embedding width; default by preset."
     decoder_depth: int | None = None
-    "Decoder blocks; default by preset."
+    "mae, sssd: decoder blocks; default by preset."
+    distillation: float = 0.2
+    "sssd: share of the loss that is self-distillation; 0 is mae."
+    distilled: Literal["image", "tokens"] = "image"
+    "sssd: what the encoder matches of the decoder: one answer per image, or each visible patch by cosine."
+    teacher_stop_grad: bool = True
+    "sssd: the decoder, which teaches, learns from reconstruction alone."
+    centring: Literal["probabilities", "logits"] = "probabilities"
+    "sssd: what the teacher's centre is the running mean of: its answers (as in SD-MAE), or scores (as in dino)."
+    prototypes: int = 4096
+    "sssd, dino: entries of the answers that are matched."
+    head_width: int | None = None
+    "sssd, dino: hidden width of the heads; default 2048, or 512 with the tiny preset."
+    teacher_temperature: float = 0.04
+    "sssd, dino: of the teacher's answers; lower is sharper."
+    student_temperature: float = 0.1
+    "sssd, dino: of the student's answers."
+    teacher_momentum: float = 0.996
+    "dino: share of itself that the teacher keeps at the first step; rises to 1."
+    local_crops: int = 6
+    "dino: small crops of each image, beside two large ones."
+    teacher: str = "imagenet"
+    "distill: whose features are learnt: anything that --init takes, except none."
+    matching: Literal["cosine", "smooth_l1"] = "cosine"
+    "distill: how features are compared."
     lr: float = 2e-3
     "Peak learning rate at a global batch of 256; scaled linearly with --batch-size."
     weight_decay: float = 0.05
@@ -135,6 +159,14 @@ class PretrainConfig(Config):
         self._require("epochs", self.epochs > 0, "must be at least 1")
         self._require("batch_size", self.batch_size > 0, "must be at least 1")
         self._require("mask_ratio", 0 < self.mask_ratio < 1, "must lie between 0 and 1")
+        self._require("distillation", 0 <= self.distillation < 1, "must lie between 0 and 1, 1 left out")
+        self._require("prototypes", self.prototypes >= 2, "must be at least 2")
+        self._require("head_width", self.head_width is None or self.head_width >= 1, "must be at least 1")
+        self._require("teacher_temperature", self.teacher_temperature > 0, "must be positive")
+        self._require("student_temperature", self.student_temperature > 0, "must be positive")
+        self._require("teacher_momentum", 0 <= self.teacher_momentum <= 1, "must lie between 0 and 1")
+        self._require("local_crops", self.local_crops >= 0, "must be at least 0")
+        self._require("teacher", self.teacher != "none", "a network without trained weights has nothing to teach")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
         self._require("warmup", 0 <= self.warmup < 1, "must lie between 0 and 1")
         self._require("keep", self.keep >= 1, "must be at least 1")

@@ -148,15 +148,18 @@ class Augmentation:
         )
 
 
-def training_view(pixels: np.ndarray, wanted: Input, draws: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
+def training_view(
+    pixels: np.ndarray, wanted: Input, draws: np.ndarray, device: str | torch.device = "cpu", *, zoom: float = 1.0
+) -> Tensor:
     """Random views by `draws` [B, 8], or [B, 17] with looks: stored pixels uint8 [B, H, W, 1|3] -> normalised float
     [B, C, h, w].
 
     One bilinear sampling does crop, mirror, turn and tilt; where the stored size is far above the network's, an
-    antialiased reduction comes first. What no sample of the batch has is not computed.
+    antialiased reduction comes first, to no less than a crop whose side is a share `zoom` of the image's needs. What no
+    sample of the batch has is not computed.
     """
     images = to_tensor(pixels, wanted.channels, device)
-    limit = 1.5
+    limit = 1.5 / zoom
     if images.shape[2] > limit * wanted.height or images.shape[3] > limit * wanted.width:
         images = _resize(images, math.ceil(limit * wanted.height), math.ceil(limit * wanted.width))
     plain = torch.as_tensor(draws[:, :VIEW], dtype=torch.float32, device=images.device)
