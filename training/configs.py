@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 from cyclopts import Parameter
@@ -20,6 +20,9 @@ Split = Literal["group", "image", "site", "holdout"]
 Unit = Literal["image", "case", "group"]
 Pooling = Literal["mean", "attention"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Modality = Literal["auto", "none", "xray", "ct", "oct", "fundus", "derm", "cytology", "ultrasound"]
+AUGMENTATION_FIELDS = ("min_crop", "flip", "turns", "jitter")
+"""What `--modality` decides where it is given."""
 Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True)]
 """Flags that take several values after one name."""
@@ -71,13 +74,13 @@ class PretrainConfig(Config):
     out: str
     "Where the RUN goes; an unfinished one of the same config is resumed."
     method: str = "mae"
-    "Pretraining method."
+    "mae, sssd (mae and self-distillation), distill (--teacher), dino or rotation; the first two need a ViT."
     preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
     "Model size; auto is tiny without an accelerator and base with one."
     model: str | None = None
-    "A timm ViT name instead of the preset's."
+    "A timm name instead of the preset's."
     init: str = "none"
-    "Starting weights: none, a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
+    "Starting weights: none, imagenet (a conv net), a RUN, timm:NAME, hf-hub:NAME or a safetensors file in timm keys."
     where: tuple[str, ...] = ()
     "Keep only rows whose COLUMN=VALUE."
     epochs: int = 100
@@ -91,13 +94,37 @@ class PretrainConfig(Config):
     image_size: str = "auto"
     "N or HxW, divisible by the patch; auto is the preset's."
     mask_ratio: float = 0.75
-    "Share of patches hidden from the encoder."
+    "mae, sssd: share of patches hidden from the encoder."
     norm_pix: bool = True
-    "Reconstruct patches normalised by their own mean and variance."
+    "mae, sssd: reconstruct patches normalised by their own mean and variance."
     decoder_width: int | None = None
-    "Decoder embedding width; default by preset."
+    "mae, sssd: decoder embedding width; default by preset."
     decoder_depth: int | None = None
-    "Decoder blocks; default by preset."
+    "mae, sssd: decoder blocks; default by preset."
+    distillation: float = 0.2
+    "sssd: share of the loss that is self-distillation; 0 is mae."
+    distilled: Literal["image", "tokens"] = "image"
+    "sssd: what the encoder matches of the decoder: one answer per image, or each visible patch by cosine."
+    teacher_stop_grad: bool = True
+    "sssd: the decoder, which teaches, learns from reconstruction alone."
+    centring: Literal["probabilities", "logits"] = "probabilities"
+    "sssd: what the teacher's centre is the running mean of: its answers (as in SD-MAE), or scores (as in dino)."
+    prototypes: int = 4096
+    "sssd, dino: entries of the answers that are matched."
+    head_width: int | None = None
+    "sssd, dino: hidden width of the heads; default 2048, or 512 with the tiny preset."
+    teacher_temperature: float = 0.04
+    "sssd, dino: of the teacher's answers; lower is sharper."
+    student_temperature: float = 0.1
+    "sssd, dino: of the student's answers."
+    teacher_momentum: float = 0.996
+    "dino: share of itself that the teacher keeps at the first step; rises to 1."
+    local_crops: int = 6
+    "dino: small crops of each image, beside two large ones."
+    teacher: str = "imagenet"
+    "distill: whose features are learnt: anything that --init takes, except none."
+    matching: Literal["cosine", "smooth_l1"] = "cosine"
+    "distill: how features are compared."
     lr: float = 2e-3
     "Peak learning rate at a global batch of 256; scaled linearly with --batch-size."
     weight_decay: float = 0.05
@@ -110,6 +137,8 @@ class PretrainConfig(Config):
     "Smallest share of the image area that a random crop keeps."
     flip: bool = True
     "Mirror half of the images left to right."
+    modality: Modality = "auto"
+    "Kind of images: random changes that are safe for it, instead of --min-crop and --flip."
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     "auto is bf16 where the hardware gains from it."
     checkpoint_s: float = 60.0
@@ -135,11 +164,20 @@ class PretrainConfig(Config):
         self._require("epochs", self.epochs > 0, "must be at least 1")
         self._require("batch_size", self.batch_size > 0, "must be at least 1")
         self._require("mask_ratio", 0 < self.mask_ratio < 1, "must lie between 0 and 1")
+        self._require("distillation", 0 <= self.distillation < 1, "must lie between 0 and 1, 1 left out")
+        self._require("prototypes", self.prototypes >= 2, "must be at least 2")
+        self._require("head_width", self.head_width is None or self.head_width >= 1, "must be at least 1")
+        self._require("teacher_temperature", self.teacher_temperature > 0, "must be positive")
+        self._require("student_temperature", self.student_temperature > 0, "must be positive")
+        self._require("teacher_momentum", 0 <= self.teacher_momentum <= 1, "must lie between 0 and 1")
+        self._require("local_crops", self.local_crops >= 0, "must be at least 0")
+        self._require("teacher", self.teacher != "none", "a network without trained weights has nothing to teach")
         self._require("min_crop", 0 < self.min_crop <= 1, "must lie between 0 and 1")
         self._require("warmup", 0 <= self.warmup < 1, "must lie between 0 and 1")
         self._require("keep", self.keep >= 1, "must be at least 1")
         self._require("lr", self.lr > 0, "must be positive")
         self._require("watchdog_s", self.watchdog_s > 0, "must be positive")
+        _refuse_beside_modality(self)
 
 
 @Parameter(name="*")
@@ -222,6 +260,8 @@ class TransferConfig(Config):
     "Turn images by quarter turns: only where a picture has no upright."
     jitter: float = 0.1
     "Largest random change of contrast and brightness, as a share."
+    modality: Modality = "auto"
+    "Kind of images: random changes that are safe for it, instead of --min-crop, --flip, --turns and --jitter."
     image_size: str = "auto"
     "N or HxW; auto is the size of the initial weights' model."
     workers: str = "auto"
@@ -268,6 +308,7 @@ class TransferConfig(Config):
         named = bool(self.layers) and all(re.fullmatch(r"last|all|-?[1-9]\d*", name) for name in self.layers)
         self._require("layers", named, "give last, all, or numbers such as 1 3 -1")
         self._check_metric()
+        _refuse_beside_modality(self)
 
     def _check_metric(self) -> None:
         for field, default in (
@@ -404,6 +445,17 @@ class ExportConfig(Config):
     "Leave the classifier out: features alone."
     overwrite: bool = False
     "Replace what is at --out."
+
+
+def _refuse_beside_modality(config: PretrainConfig | TransferConfig) -> None:
+    """Raises UsageError where a flag says one thing and `--modality` may say another."""
+    if config.modality == "auto":
+        return
+    for field in fields(config):
+        given = getattr(config, field.name)
+        if field.name in AUGMENTATION_FIELDS and given != field.default:
+            flag = field.name.replace("_", "-")
+            raise UsageError(f"--{flag} {given}: --modality {config.modality} decides it; leave one of the two out")
 
 
 def parse_size(text: str, *, flag: str = "--image-size") -> tuple[int, int]:

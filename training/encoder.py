@@ -9,12 +9,20 @@ from typing import Any
 import timm
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from cluster.errors import UsageError, nearest
 from training import keyed
 from training.configs import parse_size
+from training.parallel_resnet import NETWORKS
+
+OWN = frozenset(build.__name__ for build in NETWORKS)
+"""Networks of this project: timm elsewhere does not know their names."""
+for _build in NETWORKS:  # whoever builds a network, in whatever process, imports this module
+    if not timm.is_model(_build.__name__):
+        register_model(_build)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,9 @@ class Architecture:
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `timm.create_model`. ViTs average the normalised patch tokens (He et al. 2022, fine-tuning)."""
         if self.patch is None:
-            return {"in_chans": self.channels}
+            known = timm.get_pretrained_cfg(self.name)  # Swin and others are built for one size
+            sized = {"img_size": (self.height, self.width)} if known and known.fixed_input_size else {}
+            return {**sized, "in_chans": self.channels}
         return {
             "img_size": (self.height, self.width),
             "patch_size": self.patch,
@@ -74,8 +84,9 @@ class Architecture:
 
     def snippet(self, weights: str, num_classes: int = 0) -> str:
         arguments = "".join(f", {k}={v!r}" for k, v in self.kwargs.items())
+        own = "\nimport training.encoder  # rayograph's: tells timm the name" if self.name in OWN else ""
         return (
-            "import timm\nfrom safetensors.torch import load_file\n\n"
+            f"import timm\nfrom safetensors.torch import load_file\n{own}\n"
             f'model = timm.create_model("{self.name}", num_classes={num_classes}{arguments})\n'
             f'model.load_state_dict(load_file("{weights}"))\nmodel.eval()'
         )
@@ -114,7 +125,28 @@ def architecture_for(
     height, width = (chosen.size, chosen.size) if image_size == "auto" else parse_size(image_size)
     if patch is not None:
         check_divides(height, width, patch)
-    return Architecture(name, height, width, channels, patch)
+    found = Architecture(name, height, width, channels, patch)
+    if model is not None:
+        _check_takes(found)
+    return found
+
+
+def _check_takes(architecture: Architecture) -> None:
+    """Raises UsageError where the network cannot be built for its input, or fails on it; nothing is computed."""
+    try:
+        with torch.device("meta"):
+            images = torch.empty(1, architecture.channels, architecture.height, architecture.width)
+            architecture.build().eval()(images)
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        known = timm.get_pretrained_cfg(architecture.name)
+        advice = (
+            f"--image-size {'x'.join(map(str, known.input_size[1:]))}, or another model" if known else "another model"
+        )
+        raise UsageError(
+            f"--model {architecture.name}: takes no images of {architecture.height}x{architecture.width} with "
+            f"{architecture.channels} channels ({said[:160]}); try {advice}"
+        ) from error
 
 
 def _native_patch(model: str) -> int | None:

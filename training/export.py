@@ -30,6 +30,7 @@ from cluster.progress import say
 from training.artifact import Model, ModelCard, forward, load_model, model_folder, versions
 from training.calibration import FLOOR
 from training.configs import ExportConfig
+from training.encoder import OWN
 from training.features import PLAIN
 from training.images import AUTO_PERCENTILES, REDUCING_GAP
 from training.probabilities import HALF
@@ -64,6 +65,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
             return out.summary()
         started = time.monotonic()
         model = load_model(config.model)
+        _refuse_own(config, model)
         plan = _plan(config, model)
         partial = out.path / ".partial"
         storage.remove(partial)
@@ -173,6 +175,15 @@ def _metric_plan(config: ExportConfig, model: Model) -> Plan:
             "here; use --to timm (the network alone), or a model of --steps 1"
         )
     return Plan(model, () if config.encoder_only else model.card.classes, None, metric)
+
+
+def _refuse_own(config: ExportConfig, model: Model) -> None:
+    name = model.card.architecture.name
+    if config.to == "timm" and name in OWN:
+        raise UsageError(
+            f"{config.model}: its network, {name}, is Rayograph's own, which timm elsewhere does not know; "
+            "use --to onnx"
+        )
 
 
 def probe_of(estimator: object, classes: int) -> Probe | None:

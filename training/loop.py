@@ -16,23 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cluster import storage
 from cluster.code import check_here
-from cluster.errors import DataError, RayographError
+from cluster.errors import DataError, RayographError, UsageError
 from training import checkpoint
+from training.augment import augmentation_of
 from training.checkpoint import Position, Saver
 from training.configs import PretrainConfig
 from training.device import threads_for
-from training.encoder import PRESETS, choose_preset, seed_weights
+from training.encoder import PRESETS, choose_preset
 from training.feed import Batch, Feed, Source, image_ids
 from training.line import Line
-from training.methods import METHODS
+from training.methods import METHODS, Material, Method
 from training.receipt import Recorder
 from training.schedule import parameter_groups, warmup_cosine
-from training.transform import Augmentation, Input, sample_draws, training_view
-from training.weights import Wanted, initial_weights
+from training.transform import Augmentation, Input
+from training.views import draw_views, render
+from training.weights import Initial, Wanted, initial_weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Job:
     wanted: Wanted
     precision: str
     feed_tasks: int
+    teacher: Wanted | None = None
+    """Of the weights that the method learns from, where it does."""
 
     @property
     def checkpoints(self) -> str:
@@ -67,10 +71,12 @@ class After:
 class Learner:
     """What is trained: the method's module (its `.encoder` is what stays) and how images are shown to it."""
 
-    module: nn.Module
+    module: Method
     input: Input
     architecture: dict[str, Any]
     provenance: dict[str, Any]
+    teacher: dict[str, Any] | None = None
+    """Where the teacher's weights come from, if there are any."""
 
 
 def build(job: Job) -> Learner:
@@ -78,33 +84,28 @@ def build(job: Job) -> Learner:
     config = job.config
     preset = PRESETS[choose_preset(config.preset, job.wanted.device)]
     initial = initial_weights(job.wanted)
+    teacher = _teacher(job.teacher) if job.teacher else None
     with torch.random.fork_rng(devices=[]):
-        module = METHODS[config.method](
-            initial.network,
-            decoder_width=config.decoder_width or preset.decoder_width,
-            decoder_depth=config.decoder_depth or preset.decoder_depth,
-            mask_ratio=config.mask_ratio,
-            norm_pix=config.norm_pix,
-        )
-    for name, child in module.named_children():
-        if name != "encoder":
-            seed_weights(child, config.seed, f"{config.method}.{name}.")
-    _seed_own(module, config.seed, config.method)
-    return Learner(module, initial.input, initial.architecture.as_dict(), initial.provenance)
+        module = METHODS[config.method].build(Material(initial.network, initial.input, config, preset, teacher))
+    module.seed(config.seed)
+    return Learner(
+        module,
+        initial.input,
+        initial.architecture.as_dict(),
+        initial.provenance,
+        teacher.provenance if teacher else None,
+    )
 
 
-def _seed_own(module: nn.Module, seed: int, prefix: str) -> None:
-    """Parameters that belong to the method itself and to none of its children, such as the mask token."""
-    from training import keyed
-
-    for name, parameter in module.named_parameters(recurse=False):
-        generator = torch.Generator().manual_seed(keyed.number("weights", seed, f"{prefix}.{name}") % 2**63)
-        with torch.no_grad():
-            parameter.normal_(0, 0.02, generator=generator)
+def _teacher(wanted: Wanted) -> Initial:
+    try:
+        return initial_weights(wanted)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--init", "--teacher")) from error
 
 
 def augmentation(config: PretrainConfig) -> Augmentation:
-    return Augmentation(config.min_crop, config.flip)
+    return augmentation_of(config)
 
 
 class RegroupError(Exception):
@@ -244,6 +245,7 @@ class Rank:
             group["lr"] = lr
         if self.recorder:
             self.recorder.add(batch.epoch, batch.number, batch.positions, batch.samples, batch.images)
+        self.module.begin(self.position.step, self.total_steps, batch.epoch)
         losses = self._losses(batch)
         (losses.sum() * (self.world / batch.rows)).backward()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
@@ -254,6 +256,7 @@ class Rank:
             raise EndedError("diverged") from self._diverged(batch, losses, loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.module.after_step(self._observed(batch))
         seconds = time.monotonic() - began
         row = {
             "step": self.position.step,
@@ -268,7 +271,7 @@ class Rank:
         }
         return row, after
 
-    def _losses(self, batch: Batch) -> torch.Tensor:
+    def _losses(self, batch: Batch) -> Tensor:
         """Loss of each of this rank's samples, float32 [b]; zeros that keep the graph where it has none."""
         positions, images = batch.positions, batch.images
         if not len(positions):
@@ -278,15 +281,27 @@ class Rank:
                 (1, self.learner.input.height, self.learner.input.width, self.learner.input.channels), np.uint8
             )
             assert batch.rows < source.batch_size
-        module: Any = self.module
-        draws, noise = sample_draws(
-            augmentation(self.config), module.patches, self.config.seed, batch.epoch, positions=positions
+        module = self.module
+        groups = module.views(self.learner.input)
+        draws, noise = draw_views(
+            groups, augmentation(self.config), module.noise, self.config.seed, batch.epoch, positions=positions
         )
-        views = training_view(images, self.learner.input, draws, self.device)
+        views = render(images, groups, draws, self.device)
         enabled = self.job.precision == "bf16"
+        module.train(len(batch.positions) > 0)  # running statistics of batch norm are not of zeros
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            losses: torch.Tensor = self.parallel(views, torch.from_numpy(noise).to(self.device))
+            losses: Tensor = self.parallel(*views, torch.from_numpy(noise).to(self.device))
         return losses if len(batch.positions) else losses * 0.0
+
+    def _observed(self, batch: Batch) -> Tensor | None:
+        """Mean over the global batch of what the method observed of each sample, equal on all ranks."""
+        own = self.module.observed
+        if own is None:
+            return None
+        total = own[: len(batch.positions)].to(self._wire(), torch.float64).sum(dim=0)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total / batch.rows
 
     def _agree(self, loss_sum: float) -> tuple[float, After]:
         """The sum of losses over all ranks, and what rank 0 wants of all of them after this step."""
@@ -301,7 +316,7 @@ class Rank:
         total, *flags = (float(v) for v in values.tolist())
         return total, After(*(flag > 0 for flag in flags))
 
-    def _diverged(self, batch: Batch, losses: torch.Tensor, loss: float) -> DataError:
+    def _diverged(self, batch: Batch, losses: Tensor, loss: float) -> DataError:
         """Raised by all ranks, for they agree on the loss; names the samples whose own loss is not finite."""
         mine = [int(s) for s, bad in zip(batch.samples, ~torch.isfinite(losses.detach()).cpu(), strict=False) if bad]
         found: list[list[int]] = [mine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from cluster import parts, storage
-from cluster.errors import RayographError, UsageError, nearest
+from cluster.errors import RayographError, UsageError
 from cluster.nodes import unseen_by
 from cluster.outdir import OutDir
 from cluster.progress import say
@@ -29,7 +30,7 @@ from training.ingest import resolve_data
 from training.launch import Team, launch
 from training.lineage import labelled_by, own_images, seen_by
 from training.loop import Job, Learner, build
-from training.methods import METHODS
+from training.methods import METHODS, NEED_VIT, check_method
 from training.pretrain_report import Facts, speed_of, write_pretrain_report
 from training.probe import SCALARS
 from training.probing import Probing
@@ -52,8 +53,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         ResourceError: more workers than the machine or cluster has.
         StoppedError: stopped on request; the same command goes on.
     """
-    if config.method not in METHODS:
-        raise UsageError(f"--method {config.method}: no such method.{nearest(config.method, METHODS)}")
+    check_method(config)
     _refuse_early(config)
     with config.open_out("pretrain", lazy=LAZY) as out:
         if out.state == "done":
@@ -107,7 +107,7 @@ def _require_shared(out: OutDir, found: Resources) -> None:
 
 def _refuse_early(config: PretrainConfig) -> None:
     """What can be refused before anything is read, or Ray is up."""
-    if config.init == "imagenet":
+    if config.init == "imagenet" and config.method in NEED_VIT:
         raise UsageError(
             f"--init imagenet: a convolutional network, and --method {config.method} needs a ViT; "
             "use --init none, a RUN or timm:NAME of a ViT"
@@ -136,6 +136,7 @@ def _job(config: PretrainConfig, out: str, dataset: Dataset, selection: Selectio
         mean=tuple(dataset.info["mean"]),
         std=tuple(dataset.info["std"]),
     )
+    teacher = replace(wanted, init=located(config.teacher), image_size="auto")
     return Job(
         config=config,
         out=out,
@@ -143,18 +144,22 @@ def _job(config: PretrainConfig, out: str, dataset: Dataset, selection: Selectio
         wanted=wanted,
         precision=precision_of(config.precision, device),
         feed_tasks=tasks,
+        teacher=teacher if METHODS[config.method].NEEDS_TEACHER else None,
     )
 
 
 def _announce(job: Job, learner: Learner, workers: str, images: int) -> None:
     network = Architecture(**learner.architecture)
     source = learner.provenance.get("sha256", "")
+    patch = f"patch {network.patch}, " if network.patch else ""
     say(
-        f"{job.config.method}: {network.name} at {network.height}x{network.width}, patch {network.patch}, "
-        f"{network.channels} channels, on {job.wanted.device} with {workers} workers, {job.precision}; "
+        f"{job.config.method}: {network.name} at {network.height}x{network.width}, {patch}{network.channels} channels, "
+        f"on {job.wanted.device} with {workers} workers, {job.precision}; "
         f"{images:,} images, {job.config.epochs} epochs of {job.source.plan.batches} steps"
     )
     say(f"initial weights: {job.wanted.init}{f' (sha256 {source})' if source else ''}")
+    if job.teacher and learner.teacher:
+        say(f"teacher: {job.teacher.init} (sha256 {learner.teacher['sha256']})")
 
 
 def _finish(
@@ -171,7 +176,7 @@ def _finish(
         raise RayographError(f"training ended before its last epoch; details in {out.name('run.log')}")
     module = learner.module
     module.load_state_dict({k.removeprefix("model."): v for k, v in state.tensors.items() if k.startswith("model.")})
-    encoder: Any = module.encoder
+    encoder = module.kept
     rows = read_metrics((out.path / METRICS).read_text(encoding="utf-8"))
     steps = [r for r in rows if "step" in r]
     starts = [r for r in rows if r.get("event") == "start"]
@@ -191,11 +196,14 @@ def _finish(
             "images": len(selection),
             "initial": learner.provenance,
             "config": job.config.identity(),
-        },
+        }
+        | ({"teacher": learner.teacher} if learner.teacher else {}),
     )
-    seen = own_images(selection) | seen_by(job.config.init)
-    save_model(out.path / "model", card, encoder, seen=seen, labelled=labelled_by(job.config.init))
-    flops = speed.flops_per_image(module, (learner.input.channels, learner.input.height, learner.input.width))
+    sources = [wanted.init for wanted in (job.wanted, job.teacher) if wanted]
+    seen = own_images(selection).union(*map(seen_by, sources))
+    labelled = frozenset[str]().union(*map(labelled_by, sources))
+    save_model(out.path / "model", card, encoder, seen=seen, labelled=labelled)
+    flops = speed.flops_per_image(module, module.views(learner.input))
     threads = cores() if job.wanted.device == "cpu" else 1
     peak = speed.matmul_peak_gflops(threads, device=job.wanted.device, precision=job.precision)
     _picture(out.path, job, learner, dataset, selection)
@@ -253,13 +261,16 @@ def _proof(job: Job, dataset: Dataset, selection: Selection) -> Verdict | None:
 
 
 def _picture(out: Path, job: Job, learner: Learner, dataset: Dataset, selection: Selection) -> None:
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
     chosen = np.sort(keyed.generator("pictures", job.config.seed).permutation(len(selection))[:8])
     pixels = dataset.pixels(selection.take(chosen))
     images = evaluation_view(pixels, learner.input)
-    module: Any = learner.module.cpu().eval()
-    noise = keyed.generator("masks", job.config.seed).random((len(images), module.patches), dtype=np.float32)
-    masked, made = module.pictures(images, torch.from_numpy(noise))
+    module = learner.module.cpu().eval()
+    noise = keyed.generator("masks", job.config.seed).random((len(images), module.noise), dtype=np.float32)
+    pictures = module.pictures(images, torch.from_numpy(noise))
+    if pictures is None:
+        return
+    masked, made = pictures
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
     show = learner.input.restore
     figures.reconstructions(show(images), show(masked), show(made), folder / "reconstructions.png")

@@ -13,6 +13,7 @@ from cluster import storage
 from training import figures, report
 from training.artifact import ModelCard
 from training.configs import PretrainConfig
+from training.methods import METHODS
 from training.probe import alarm, probes_in
 
 TABLE_ROWS = 12
@@ -119,12 +120,7 @@ def _draw(folder: Path, rows: Sequence[Row]) -> None:
 
 def _what(facts: Facts, rows: Sequence[Row]) -> list[report.Block]:
     config, network = facts.config, facts.card.architecture
-    task = "it learnt from the images themselves"
-    if config.method == "mae":
-        task = (
-            f"of each image it was shown {1 - config.mask_ratio:.0%}, in small squares chosen anew every time, and it "
-            "had to fill in the rest (a masked autoencoder)"
-        )
+    task = METHODS[config.method].words(config).task
     steps = _steps(rows)
     blocks: list[report.Block] = [
         report.Text(
@@ -147,12 +143,10 @@ def _what(facts: Facts, rows: Sequence[Row]) -> list[report.Block]:
 def _learning(folder: Path, facts: Facts, rows: Sequence[Row]) -> list[report.Block]:
     steps = _steps(rows)
     first, last = (np.mean([r["loss"] for r in steps if r["epoch"] == steps[at]["epoch"]]) for at in (0, -1))
-    unit = ", in units of each square's own variance, so that 1 is what evenly grey squares would reach"
+    words = METHODS[facts.config.method].words(facts.config)
     blocks: list[report.Block] = [
         report.Text(
-            f"The loss says how far the filled-in squares are from the true ones; lower is better. Its mean was "
-            f"{first:.3f} in the first epoch and {last:.3f} in the last"
-            + (f"{unit}." if facts.config.norm_pix and facts.config.method == "mae" else ".")
+            f"{words.loss}. Its mean was {first:.3f} in the first epoch and {last:.3f} in the last{words.unit}."
         ),
         report.Figure(
             folder / "loss.png",

@@ -89,7 +89,7 @@ def probe_checkpoint(job: Job, name: str, data: probe.ProbeData) -> dict[str, An
     except checkpoint.DamagedError:  # removed in favour of newer ones while it was read
         return None
     learner = build(job)
-    module: Any = learner.module
+    module = learner.module
     module.load_state_dict({k.removeprefix("model."): v for k, v in state.tensors.items() if k.startswith("model.")})
-    found = probe.probe(module.encoder, learner.input, data)
+    found = probe.probe(module.kept, learner.input, data)
     return probe.row_of(state.position.step, found, probe_seconds=time.monotonic() - began)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from training.methods import Method
+from training.views import Views
 
 SIDES = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 """Of the square matrices whose product is timed: large enough for the device's best rate."""
@@ -17,7 +20,7 @@ PRODUCTS = 5
 """Timed together."""
 
 
-def flops_per_image(module: nn.Module, shape: tuple[int, int, int]) -> float:
+def flops_per_image(module: Method, groups: Sequence[Views]) -> float:
     """Floating-point operations of one training step per image, forward and backward: 2 per multiply-add.
 
     Counted by torch on shapes alone, nothing is computed; matrix products and convolutions count, the rest (norms,
@@ -25,15 +28,19 @@ def flops_per_image(module: nn.Module, shape: tuple[int, int, int]) -> float:
 
     Args:
         module: a method of `training.methods`.
-        shape: (channels, height, width) of its images.
+        groups: the views of each image that it takes.
     """
     count = 2
     shadow: Any = copy.deepcopy(module).to("meta").train()
-    images = torch.empty(count, *shape, device="meta")
-    noise = torch.empty(count, shadow.patches, device="meta")
+    views = [
+        torch.empty(count * group.count, wanted.channels, wanted.height, wanted.width, device="meta")
+        for group in groups
+        for wanted in [group.input]
+    ]
+    noise = torch.empty(count, shadow.noise, device="meta")
     # fused attention on the CPU is unknown to torch's counter; written out it is two matrix products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        shadow(images, noise).sum().backward()
+        shadow(*views, noise).sum().backward()
     return float(counter.get_total_flops() / count)
 
 

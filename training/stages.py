@@ -17,7 +17,7 @@ from cluster.settings import configured, fields_of, read_mapping
 from training import artifact
 from training.configs import PretrainConfig, TransferConfig, parse_size
 from training.encoder import PRESETS, Architecture, architecture_for, check_divides, check_model, is_vit
-from training.methods import METHODS, NEED_VIT
+from training.methods import METHODS, NEED_VIT, check_method
 from training.tasks.frozen import ESTIMATORS
 from training.weights import IMAGENET_MODEL, IMAGENET_SHA256
 
@@ -88,6 +88,8 @@ def _stage(path: str, entry: object, before: list[Stage]) -> Stage:
     settings["data"] = _beside(path, str(settings["data"]))
     if "init" in settings:
         settings["init"] = _beside(path, str(settings["init"]))
+    if "teacher" in settings:
+        settings["teacher"] = _beside(path, str(settings["teacher"]))
     stage = Stage(name, verb, configured(VERBS[verb], settings | {"out": "-"}, where), where)
     _refuse_useless(stage)
     return stage
@@ -116,8 +118,11 @@ def _refuse_given(where: str, settings: dict[str, Any], before: list[Stage]) -> 
 
 def _refuse_useless(stage: Stage) -> None:
     config = stage.config
-    if isinstance(config, PretrainConfig) and config.method not in METHODS:
-        raise UsageError(f"{stage.where}: --method {config.method}: no such method.{nearest(config.method, METHODS)}")
+    if isinstance(config, PretrainConfig):
+        try:
+            check_method(config)
+        except UsageError as error:
+            raise UsageError(f"{stage.where}: {error}") from error
     if isinstance(config, TransferConfig) and config.task in ESTIMATORS:
         raise UsageError(
             f"{stage.where}: task {config.task} leaves the network as it was, so the stage would hand nothing on; "
@@ -226,6 +231,8 @@ def key_of(
         network: what `--preset auto` and sizes come to on this machine.
     """
     settings = {k: v for k, v in config.identity().items() if k not in {"data", "init", "stages"}}
+    if isinstance(config, PretrainConfig) and METHODS[config.method].NEEDS_TEACHER:
+        settings["teacher"] = origin_key(config.teacher)
     content = [FORMAT, artifact.FORMAT, verb, settings, dataset, before, network.as_dict() if network else None]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -23,7 +23,7 @@ from training.dataset import Dataset, Selection
 from training.device import count_workers, device_in
 from training.findings import Found, first_neighbours, learnt_neighbours, neighbours_of, overlap_with, statistics_of
 from training.fit import FoldResult, attention_fold, refit_attention
-from training.fitting import Fitting, Trained
+from training.fitting import TRAINED, Fitting, Trained
 from training.hits import write_hits
 from training.images import to_channels
 from training.ingest import resolve_data
@@ -36,6 +36,7 @@ from training.overlap import groups_of
 from training.predictions import write_predictions, write_units
 from training.protocol import laid_out, protocol_of
 from training.results import figures_of
+from training.sheets import sheet_section
 from training.splits import budget
 from training.subgroups import columns_of
 from training.tasks import pooling
@@ -164,6 +165,9 @@ class _Study:
         chosen: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
         found.append(statistics_of(judged, self.selection, **chosen))
         found.append(overlap_with(seen_by(config.init), self.dataset, self.selection, judged, seed=config.seed))
+        if config.task in TRAINED:
+            shown = sheet_section(self.out.path / "figures", self.pixels, self.initial.input, config)
+            found.append(([shown], {}))
         found += self._neighbours()
         values = [more.pop("metrics", {}) | more.get("retrieval", {}) for _, more in found]
         self.more = {key: value for _, more in found for key, value in more.items() if key != "retrieval"}

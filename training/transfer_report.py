@@ -11,6 +11,7 @@ from typing import Any
 from training import report
 from training.artifact import HEAD, WEIGHTS, ModelCard, versions
 from training.attention import WORDS
+from training.augment import MODALITIES, augmentation_of, described
 from training.checklist import checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
@@ -326,9 +327,8 @@ def _recipe(config: TransferConfig) -> str:
     return (
         f"AdamW, at most {config.epochs} epochs, batch {config.batch_size}, learning rate {config.lr:g} with warm-up "
         f"and cosine, weight decay {config.weight_decay:g}, stochastic depth {config.drop_path:g}, "
-        f"{target}; crops of at least {config.min_crop:.0%} of the area, "
-        f"{'mirroring, ' if config.flip else ''}{'quarter turns, ' if config.turns else ''}"
-        f"brightness and contrast by {config.jitter:.0%}."
+        f"{target}; {described(augmentation_of(config))}"
+        f"{'' if config.modality == 'auto' else f', as is safe for {MODALITIES[config.modality].name}'}."
     )
 
 

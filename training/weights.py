@@ -101,8 +101,15 @@ def _spread(
 
 
 def _network(architecture: Architecture, wanted: Wanted) -> nn.Module:
+    extra = dict(wanted.extra)
     with torch.random.fork_rng(devices=[]):  # timm's own initialisation is overwritten; leave the caller's stream alone
-        return architecture.build(0, **dict(wanted.extra))
+        try:
+            return architecture.build(0, **extra)
+        except TypeError as error:
+            known = {name: value for name, value in extra.items() if f"'{name}'" not in str(error)}
+            if known == extra:
+                raise
+            return architecture.build(0, **known)  # such as VGG, which has no stochastic depth
 
 
 def _from_seed(wanted: Wanted) -> Initial:

@@ -385,6 +385,8 @@ def pretrain_bare() -> list[tuple[str, str, str, str, str]]:
     import torch
 
     from training.speed import flops_per_image, matmul_peak_gflops
+    from training.transform import Input
+    from training.views import Views
 
     torch.set_num_threads(cores())
     torch.manual_seed(0)
@@ -401,7 +403,7 @@ def pretrain_bare() -> list[tuple[str, str, str, str, str]]:
             rates[name].append(_rate(64 * 3, lambda step=step: [step() for _ in range(3)]))  # type: ignore[misc]
     a, b = float(np.median(rates["ours"])), float(np.median(rates["lightly"]))
     peak = matmul_peak_gflops(cores(), seconds=2.0)
-    achieved = a * flops_per_image(module, (3, 96, 96)) / 1e9
+    achieved = a * flops_per_image(module, [Views(Input(96, 96, 3, (0.0,) * 3, (1.0,) * 3))]) / 1e9
     _where_time_goes(ours)
     return [
         ("MAE step, one process, images/s: ours / lightly 1.6 modules, equal shapes", *_pair(a, b), "≥ 1.1"),

@@ -231,6 +231,13 @@ def distances() -> str:
     return metric.distances(DATA / "cervix")
 
 
+def double() -> str:
+    """Transfer in two steps, see `tests.benchmarks.double`."""
+    from tests.benchmarks import double
+
+    return double.double()
+
+
 def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -267,7 +274,7 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, svm, retrieval, distances):
+    for part in (unlike, svm, retrieval, distances, double):
         if part.__name__ in sys.argv:
             print("\n" + part())
             return 0

@@ -194,6 +194,15 @@ def test_the_probe_is_scikit_learns_own_up_to_rounding(truth: str) -> None:
         assert np.allclose(found, head.probabilities(features), atol=1e-12)
 
 
+def test_our_own_network_has_an_onnx_form_and_timm_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = classifier(tmp_path / "run", Architecture("parallel_resnet_tiny", 33, 48, 1))
+    summary = export(ExportConfig(model=run, to="onnx", out=str(tmp_path / "onnx")))
+    assert summary["max_abs_difference"] < 1e-4
+    with pytest.raises(UsageError, match=r"parallel_resnet_tiny, is Rayograph's own, .* use --to onnx") as caught:
+        export(ExportConfig(model=run, to="timm", out=str(tmp_path / "timm")))
+    assert "\n" not in str(caught.value) and not (tmp_path / "timm").exists()
+
+
 @pytest.mark.parametrize("task", ["knn", "svm"])
 def test_other_estimators_are_refused_in_one_line_that_says_what_works(task: str, tmp_path: Path) -> None:
     run = estimated(tmp_path / "run", CONV, task, TRUTHS["all"])

@@ -128,6 +128,23 @@ def test_a_convolutional_network_before_a_masked_autoencoder_is_refused(tmp_path
             architectures(read, [3], "cpu")
 
 
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("model: parallel_resnet_tiny, image_size: 64", Architecture("parallel_resnet_tiny", 64, 64, 3)),
+        ("init: imagenet", Architecture("efficientnet_lite0", 128, 128, 3)),
+    ],
+)
+def test_a_chain_of_a_convolutional_network_begins_with_images_without_labels(
+    first: str, expected: Architecture, tmp_path: Path
+) -> None:
+    read = read_chain(written(tmp_path, POOL + f", method: rotation, {first}" + "}", CRIC + "}"))
+    assert architectures(read, [3, 3], "cpu") == [expected, expected]
+    masked = replace(read[0], config=replace(read[0].config, method="mae"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"stage 'pool': --method mae needs a ViT, but .* gives {expected.name}"):
+        architectures([masked, read[1]], [3, 3], "cpu")
+
+
 def test_the_network_and_its_size_go_from_stage_to_stage(tmp_path: Path) -> None:
     chain = [POOL + ", model: test_vit, image_size: 64}", CRIC + ", image_size: 32x48}"]
     found = architectures(read_chain(written(tmp_path, *chain)), [1, 3], "cpu")
@@ -155,6 +172,7 @@ def test_where_the_device_is_not_known_yet_neither_is_the_automatic_preset(tmp_p
         Architecture("vit_tiny_patch16_224", 96, 96, 3, 16),
         Architecture("test_vit", 32, 48, 1, 16),
         Architecture("efficientnet_lite0", 128, 128, 3),
+        Architecture("parallel_resnet_tiny", 33, 47, 1),
     ],
 )
 def test_flags_for_random_weights_give_the_same_network(network: Architecture) -> None:

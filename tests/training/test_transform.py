@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 
 from tests.hostile import picture
 from training.transform import Augmentation, Input, evaluation_view, sample_draws, to_tensor, training_view
@@ -186,6 +187,104 @@ def test_draws_are_keyed_by_position_alone() -> None:
     for other in ((1, 3), (2, 2)):
         elsewhere, other_noise = sample_draws(augmentation, 6, *other, positions=order)
         assert not np.isclose(elsewhere[:, 0], draws[:, 0]).any() and not np.isclose(other_noise, noise).any()
+
+
+# Looks: what presets add
+
+
+def looked(pixels: np.ndarray, **changes: float) -> np.ndarray:
+    """Values in 0..1, [B, 3, H, W], of the size of the image, under a look that changes nothing but what is named."""
+    names = ["tilt", "red", "green", "blue", "saturation", "blur", "noise", "row", "column"]
+    look = dict(zip(names, [0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 3.0, 250.0], strict=True)) | changes
+    wanted = Input(pixels.shape[1], pixels.shape[2], 3, (0.0,) * 3, (1.0,) * 3)
+    draws = np.asarray([[*WHOLE, *(look[name] for name in names)]] * len(pixels))
+    return np.asarray(training_view(pixels, wanted, draws))
+
+
+def values(pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(pixels.transpose(0, 3, 1, 2) / 255)
+
+
+def test_a_look_that_changes_nothing_leaves_the_view_as_it_is_bit_for_bit() -> None:
+    pixels, draws = stored(4), sample_draws(Augmentation(0.4, turns=True, jitter=0.2), 0, 5, positions=np.arange(4))[0]
+    nothing = np.tile([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 3.0, 250.0], (4, 1))
+    assert torch.equal(training_view(pixels, COLOUR, np.hstack([draws, nothing])), training_view(pixels, COLOUR, draws))
+
+
+@pytest.mark.parametrize("degrees", [10, -25])
+def test_a_tilt_is_a_rotation_in_pixels_whatever_the_shape(degrees: float) -> None:
+    pixels = stored(1, 40, 64)
+    found = looked(pixels, tilt=np.radians(degrees))[0]
+    by_scipy = ndimage.rotate(values(pixels)[0], degrees, axes=(2, 1), reshape=False, order=1, mode="nearest")
+    assert np.abs(found - by_scipy).mean() < 0.005
+    other_way = ndimage.rotate(values(pixels)[0], -degrees, axes=(2, 1), reshape=False, order=1, mode="nearest")
+    assert np.abs(found - other_way).mean() > 0.05
+
+
+def test_exponents_are_of_each_channel_and_leave_black_and_white() -> None:
+    pixels = stored()
+    pixels[:, 0], pixels[:, 1] = 0, 255
+    found = looked(pixels, red=1.2, green=0.8, blue=1.0)
+    assert np.allclose(found, values(pixels) ** np.reshape([1.2, 0.8, 1.0], (1, 3, 1, 1)), atol=1e-4)
+    assert np.allclose(found[:, :, 0], 0, atol=1e-3) and np.allclose(found[:, :, 1], 1, atol=1e-3)
+
+
+def test_saturation_moves_colours_from_their_grey() -> None:
+    grey = values(stored()).mean(axis=1, keepdims=True)
+    expected = np.clip(grey + 1.3 * (values(stored()) - grey), 0, 1)
+    assert np.allclose(looked(stored(), saturation=1.3), expected, atol=1e-4)
+
+
+def test_blur_is_a_share_of_the_mean_of_the_neighbours_and_below_0_sharpens() -> None:
+    near = ndimage.uniform_filter(values(stored()), (0, 0, 3, 3))
+    for share in (0.4, -0.4):
+        expected = np.clip(values(stored()) + share * (near - values(stored())), 0, 1)
+        inside = (..., slice(1, -1), slice(1, -1))
+        assert np.allclose(looked(stored(), blur=share)[inside], expected[inside], atol=1e-4)
+
+
+def test_noise_has_its_strength_and_another_grain_at_another_place() -> None:
+    pixels = np.full((1, 96, 96, 3), 128, np.uint8)
+    one, other = (looked(pixels, noise=0.05, row=row) - 128 / 255 for row in (3.0, 140.0))
+    assert one.std() == pytest.approx(0.05, rel=0.05) and abs(one.mean()) < 0.002
+    assert abs(np.corrcoef(one[0, 0].ravel(), other[0, 0].ravel())[0, 1]) < 0.05
+
+
+PINNED = [
+    (
+        Augmentation(0.4),
+        [0.8455723857445413, 0.6489135110492262, -0.11673358727537637, 0.10906816580665463, -1.0, 0.0, 1.0, 0.0],
+        [0.28954368829727173, 0.5789654850959778, 0.046107590198516846],
+        [-1.566449, 1.201408, 1.30154],
+    ),
+    (
+        Augmentation(0.6, True, True, 0.1),
+        [
+            0.9544708836275189,
+            0.7324849566174343,
+            -0.034415976088615435,
+            0.08310594689821595,
+            -1.0,
+            1.0,
+            1.0168200266043534,
+            0.04837035225895823,
+        ],
+        [0.28954368829727173, 0.5789654850959778, 0.046107590198516846],
+        [1.811816, -0.378131, -0.530008],
+    ),
+]
+"""(augmentation, draws and noise of position 900, a pixel of its view): of before there were looks. A run that goes on
+after an upgrade must go on with the same crops and masks."""
+
+
+@pytest.mark.parametrize(("augmentation", "expected", "expected_noise", "pixel"), PINNED)
+def test_plain_draws_and_views_are_those_of_before_there_were_presets(
+    augmentation: Augmentation, expected: list[float], expected_noise: list[float], pixel: list[float]
+) -> None:
+    draws, noise = sample_draws(augmentation, 3, 1, 2, positions=np.array([0, 900]))
+    assert draws[1].tolist() == expected and noise[1].tolist() == expected_noise
+    pixels = np.stack([picture(48, 40, seed) for seed in range(2)])
+    assert training_view(pixels, COLOUR, draws)[1, :, 5, 7].tolist() == pytest.approx(pixel, abs=1e-5)
 
 
 def test_no_position_draws_nothing() -> None:

@@ -47,8 +47,10 @@ def test_a_field_of_transfer_is_searched_fixed_or_its_own_affair() -> None:
     judged = {"by", "prevalence"}
     frozen = {"features", "layers"}
     metric = {"loss", "embedding", "margin", "centres", "steps"}  # of --task metric, which no study searches
+    preset = {"modality"}  # decides min_crop and jitter, which are searched
     names = {field.name for field in fields(TransferConfig)}
-    assert set(STUDIES["transfer"]) | set(FIXED) | run | splits | labels | judged | frozen | metric == names
+    known = set(STUDIES["transfer"]) | set(FIXED) | run | splits | labels | judged | frozen | metric | preset
+    assert known == names
     assert set(STUDIES["transfer"]).isdisjoint(FIXED)
 
 

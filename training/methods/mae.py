@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from cluster.errors import UsageError
+from training.configs import PretrainConfig
 from training.encoder import sincos
+from training.methods.method import Material, Method, Words
 
 
-class MAE(nn.Module):
+class MAE(Method):
     """Encoder on visible patches, light decoder on all, loss on normalised hidden patches.
 
     The encoder *is* a timm ViT: its keys and its forward pass on whole images are timm's own. Against the official
@@ -30,17 +32,23 @@ class MAE(nn.Module):
         UsageError: the encoder is not a plain ViT, or the mask leaves no visible or no hidden patch.
     """
 
+    NAME = "mae"
+    NEEDS_VIT = True
+    OPTIONS = frozenset({"mask_ratio", "norm_pix", "decoder_width", "decoder_depth"})
+
+    encoder: VisionTransformer
+
     def __init__(
         self, encoder: nn.Module, *, decoder_width: int, decoder_depth: int, mask_ratio: float, norm_pix: bool
     ) -> None:
         super().__init__()
         if not _plain(encoder) or encoder.pos_embed is None:
-            raise UsageError("--method mae needs a plain ViT: it feeds the encoder visible patches only")
+            raise UsageError(f"--method {self.NAME} needs a plain ViT: it feeds the encoder visible patches only")
         self.encoder = encoder
         self.patch = int(encoder.patch_embed.patch_size[0])
         self.grid = (int(encoder.patch_embed.grid_size[0]), int(encoder.patch_embed.grid_size[1]))
         self.channels = int(encoder.patch_embed.proj.weight.shape[1])
-        self.patches = self.grid[0] * self.grid[1]
+        self.patches = self.noise = self.grid[0] * self.grid[1]
         self.visible = int(self.patches * (1 - mask_ratio))
         if not 0 < self.visible < self.patches:
             raise UsageError(f"--mask-ratio {mask_ratio}: leaves {self.visible} of {self.patches} patches visible")
@@ -57,6 +65,32 @@ class MAE(nn.Module):
             if unused is not None:
                 unused.requires_grad_(False)
 
+    @classmethod
+    def build(cls, material: Material) -> Self:
+        return cls(material.encoder, **cls.options(material))
+
+    @classmethod
+    def options(cls, material: Material) -> dict[str, Any]:
+        """Arguments of the constructor, as config and preset say."""
+        config, preset = material.config, material.preset
+        return {
+            "decoder_width": config.decoder_width or preset.decoder_width,
+            "decoder_depth": config.decoder_depth or preset.decoder_depth,
+            "mask_ratio": config.mask_ratio,
+            "norm_pix": config.norm_pix,
+        }
+
+    @staticmethod
+    def words(config: PretrainConfig) -> Words:
+        return Words(
+            f"of each image it was shown {1 - config.mask_ratio:.0%}, in small squares chosen anew every time, and it "
+            "had to fill in the rest (a masked autoencoder)",
+            "The loss says how far the filled-in squares are from the true ones; lower is better",
+            ", in units of each square's own variance, so that 1 is what evenly grey squares would reach"
+            if config.norm_pix
+            else "",
+        )
+
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Reconstruction loss of each image.
 
@@ -69,9 +103,12 @@ class MAE(nn.Module):
         """
         pixels = self.patchify(images)
         order = noise.argsort(dim=1)
-        hidden = order[:, self.visible :]
         predicted = self.decode(self.encode(pixels, order[:, : self.visible]), order)
-        target = _pick(pixels, hidden)
+        return self.reconstruction_loss(pixels, predicted, order)
+
+    def reconstruction_loss(self, pixels: Tensor, predicted: Tensor, order: Tensor) -> Tensor:
+        """Mean squared error of the prediction of each image's hidden patches, float32 [B]."""
+        target = _pick(pixels, order[:, self.visible :])
         if self.norm_pix:
             target = _normalise(target)
         return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2))
@@ -111,6 +148,16 @@ class MAE(nn.Module):
 
     def decode(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Predicted pixels [B, N - V, C * p * p] of the hidden patches, in the order of `order[:, V:]`."""
+        return self.predict(self.decoded(tokens, order))
+
+    def predict(self, decoded: Tensor) -> Tensor:
+        """The same, from what the decoder's blocks gave."""
+        hidden = decoded[:, self.encoder.num_prefix_tokens + self.visible :]
+        predicted: Tensor = self.decoder_head(self.decoder_norm(hidden))
+        return predicted
+
+    def decoded(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """What the decoder's blocks give [B, prefix + N, D]: prefix tokens, then patches in the order of `order`."""
         positions: Tensor = self.get_buffer("decoder_positions")[0]
         embedded = self.decoder_embed(tokens)
         prefix = self.encoder.num_prefix_tokens
@@ -119,8 +166,7 @@ class MAE(nn.Module):
         x = torch.cat([embedded[:, :prefix], visible, hidden.to(embedded.dtype)], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        predicted: Tensor = self.decoder_head(self.decoder_norm(x[:, prefix + self.visible :]))
-        return predicted
+        return x
 
     @torch.no_grad()
     def pictures(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from training import keyed
 from training.artifact import forward
+from training.augment import augmentation_of
 from training.configs import TransferConfig
 from training.encoder import layer_of, seed_weights
 from training.schedule import decays, warmup_cosine
@@ -58,7 +59,7 @@ def recipe_for(config: TransferConfig, wanted: Wanted, classes: int, threads: in
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
         label_smoothing=config.label_smoothing,
-        augmentation=Augmentation(config.min_crop, config.flip, config.turns, config.jitter),
+        augmentation=augmentation_of(config),
         seed=config.seed,
         device=wanted.device,
         threads=threads,
