@@ -228,3 +228,30 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
     starts = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
     assert len(starts) == 4
     assert starts == sorted(starts) and starts[0] == 0 < starts[1]
+
+
+@pytest.mark.slow
+def test_a_method_with_a_teacher_and_a_centre_goes_on_after_a_kill_as_if_nothing_had_been(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    """And one worker has the losses of two, which takes centres over the whole batch."""
+    options = {"method": "dino", "prototypes": 64, "head_width": 32, "local_crops": 2}
+    whole, killed, alone = (
+        pretrain_config(phantoms, tmp_path / name, epochs=8, probe=False, workers=workers, **options)
+        for name, workers in (("whole", "2"), ("killed", "2"), ("alone", "1"))
+    )
+    pretrain(whole)
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    with rayograph(*flags(killed), *given, "--no-probe") as process:
+        process.until(functools.partial(under_way, killed.out, 15), "15 steps are done")
+        process.kill_group()
+    assert not (Path(killed.out) / "summary.json").exists()
+    pretrain(killed)
+    assert losses_of(killed.out) == losses_of(whole.out)
+    starts = [row["from_step"] for row in rows_of(killed.out) if row.get("event") == "start"]
+    assert len(starts) == 2 and 0 < starts[1] < len(losses_of(whole.out))
+    files = [Path(run.out) / "model" / "model.safetensors" for run in (whole, killed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (Path(whole.out) / "figures" / "reconstructions.png").exists()
+    pretrain(alone)
+    np.testing.assert_allclose(losses_of(alone.out), losses_of(whole.out), rtol=1e-3)

@@ -69,7 +69,7 @@ class After:
 
 @dataclass(frozen=True)
 class Learner:
-    """What is trained: the method's module (its `.encoder` is what stays) and how images are shown to it."""
+    """What is trained: the method's module (its `.kept` is what stays) and how images are shown to it."""
 
     module: Method
     input: Input

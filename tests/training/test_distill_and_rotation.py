@@ -29,10 +29,15 @@ def network(name: str, wanted: Input, seed: int) -> nn.Module:
     return built
 
 
-def distill(matching: Literal["cosine", "smooth_l1"] = "cosine") -> Distill:
+def distill(matching: Literal["cosine", "smooth_l1"] = "cosine", sha256: str = "ab" * 32) -> Distill:
     teacher = network("test_efficientnet", TEACHERS, 1)
     module = Distill(
-        network("test_vit", WANTED, 0), teacher, features=64, teacher_input=TEACHERS, matching=matching
+        network("test_vit", WANTED, 0),
+        teacher,
+        features=64,
+        teacher_input=TEACHERS,
+        teacher_sha256=sha256,
+        matching=matching,
     ).train()
     module.seed(0)
     return module
@@ -72,11 +77,11 @@ def test_the_loss_of_distillation_is_that_of_its_source(matching: Any) -> None:
 def test_the_teacher_is_in_no_checkpoint_and_stays_as_it_is() -> None:
     module = distill()
     before = copy.deepcopy(module.teacher.network.state_dict())
-    assert not any("teacher" in name for name in module.state_dict())
+    assert [name for name in module.state_dict() if "teacher" in name] == ["teacher.sha256"]
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"encoder", "projection", "teacher"}
     assert not module.teacher.network.training  # although the method was put into training mode
     module(*shown()).sum().backward()
-    module.load_state_dict({name: tensor + 1 for name, tensor in module.state_dict().items()})
+    module.load_state_dict({n: t if n == "teacher.sha256" else t + 1 for n, t in module.state_dict().items()})
     assert all(torch.equal(before[name], tensor) for name, tensor in module.teacher.network.state_dict().items())
     assert all(parameter.grad is None for parameter in module.teacher.parameters())
 
@@ -87,6 +92,13 @@ def test_a_checkpoint_that_lacks_something_is_still_noticed() -> None:
     state.pop("projection.weight")
     with pytest.raises(RuntimeError, match=r"Missing key.*projection\.weight"):
         module.load_state_dict(state)
+
+
+def test_a_run_does_not_go_on_with_another_teacher() -> None:
+    with pytest.raises(
+        UsageError, match=r"--teacher: its weights \(sha256 cdcdcdcdcdcd\) are not those .*\(abababababab\)"
+    ):
+        distill(sha256="cd" * 32).load_state_dict(distill().state_dict())
 
 
 def test_the_teacher_sees_the_same_view_by_its_own_input() -> None:
@@ -128,8 +140,9 @@ def test_rotation_wants_square_images_and_an_upright_augmentation() -> None:
     assert views.upright
 
 
-@pytest.mark.parametrize(
-    ("name", "width"), [("test_vit", 64), ("test_efficientnet", 256), ("mobilenetv3_small_050", 1024)]
-)
-def test_the_width_of_features_is_what_comes_out(name: str, width: int) -> None:
-    assert feature_width(network(name, WANTED, 0), WANTED) == width
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "mobilenetv3_small_050"])
+@torch.no_grad()
+def test_the_width_of_features_is_what_comes_out(name: str) -> None:
+    encoder: Any = network(name, WANTED, 0).eval()
+    assert feature_width(encoder, WANTED) == encoder(shown()[0]).shape[1]
+    assert (encoder.num_features == feature_width(encoder, WANTED)) == ("mobilenet" not in name)

@@ -50,7 +50,7 @@ def test_small_crops_have_their_area_and_lie_anywhere_within_the_image() -> None
     assert area.min() < 0.06 and area.max() > 0.38
     for centre, side in ((y, height), (x, width)):
         assert (np.abs(centre) + side <= 1 + 1e-9).all()
-        assert np.abs(centre).max() > 0.6 and abs(centre.mean()) < 0.05
+        assert np.abs(centre).max() > 0.6 and abs(centre.mean()) < 0.06
 
 
 def test_a_method_that_turns_images_itself_has_them_upright() -> None:
@@ -69,7 +69,7 @@ def test_the_same_view_for_another_input_shows_the_same_part() -> None:
     assert one.shape == (3, 3, 32, 32) and other.shape == (3, 1, 64, 64)
     grey = torch.nn.functional.avg_pool2d(other * 0.5 + 0.2, 2)[:, 0]
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    assert float(((one * weights).sum(1) - grey).abs().mean()) < 0.03
+    assert float(((one * weights).sum(1) - grey).abs().mean()) < 0.06
 
 
 def test_views_of_a_group_stand_one_after_the_other() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.errors import UsageError
 from training.configs import PretrainConfig
 from training.methods.method import Material, Method, Words, feature_width, pooled
 from training.transform import Input
@@ -16,14 +17,19 @@ from training.views import Views
 
 
 class Frozen(nn.Module):
-    """A network that is only looked at: in evaluation mode always, without gradients, and in no `state_dict`.
+    """A network that is only looked at: in evaluation mode always, without gradients. Of it a `state_dict` holds the
+    sha256 alone; whoever builds the module anew brings the same weights along.
 
-    Whoever builds the module anew brings the same weights along, known by their sha256.
+    Raises:
+        UsageError: on loading a state that belongs to other weights.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    sha256: Tensor
+
+    def __init__(self, network: nn.Module, sha256: str) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
+        self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_put_own)  # type: ignore[no-untyped-call]
 
@@ -37,13 +43,23 @@ class Frozen(nn.Module):
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, local: object) -> None:
-    for name in [name for name in state if name.startswith(prefix)]:
+    for name in [name for name in state if name.startswith(f"{prefix}network.")]:
         del state[name]
 
 
 def _put_own(module: Frozen, state: dict[str, Any], prefix: str, *_: object) -> None:
+    known = state.get(f"{prefix}sha256")
+    if known is not None and known.tolist() != module.sha256.tolist():
+        raise UsageError(
+            f"--teacher: its weights (sha256 {_hex(module.sha256)}) are not those that the run began with "
+            f"({_hex(known)}); bring those back, or start again with --overwrite"
+        )
     own: Mapping[str, Tensor] = module.network.state_dict()
     state.update({f"{prefix}network.{name}": tensor for name, tensor in own.items()})
+
+
+def _hex(sha256: Tensor) -> str:
+    return bytes(sha256.tolist()).hex()[:12]
 
 
 class Distill(Method):
@@ -55,7 +71,7 @@ class Distill(Method):
     Args:
         encoder: any timm model, the student; `features` long are its pooled features.
         teacher: a network of pooled features.
-        teacher_input: what the teacher takes.
+        teacher_input, teacher_sha256: what the teacher takes, and what its weights are known by.
         matching: `cosine`: one minus the cosine of both features (AM-RADIO, Ranzinger et al., CVPR 2024, section 3.4,
             for summary features). `smooth_l1`: against the teacher's features normalised to mean 0 and variance 1, with
             beta = 2 (feature distillation, Wei et al. 2022, arXiv 2205.14141, section 3). One linear layer in place of
@@ -73,13 +89,14 @@ class Distill(Method):
         *,
         features: int,
         teacher_input: Input,
+        teacher_sha256: str,
         matching: Literal["cosine", "smooth_l1"],
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.teacher_input, self.matching = teacher_input, matching
         self.projection = nn.Linear(features, feature_width(teacher, teacher_input))
-        self.teacher = Frozen(teacher)
+        self.teacher = Frozen(teacher, teacher_sha256)
         self.frozen = ("teacher",)
 
     @classmethod
@@ -90,6 +107,7 @@ class Distill(Method):
             material.teacher.network,
             features=feature_width(material.encoder, material.input),
             teacher_input=material.teacher.input,
+            teacher_sha256=material.teacher.provenance["sha256"],
             matching=material.config.matching,
         )
 
