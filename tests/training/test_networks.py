@@ -13,11 +13,11 @@ from torch import nn
 
 from cluster.errors import UsageError
 from tests.hostile import picture
-from training.artifact import ModelCard, load_model, , save_model
-from training.layers import pooled
+from training.artifact import ModelCard, load_model, save_model
 from training.attention import looker_of
 from training.encoder import OWN, Architecture, architecture_for, check_model, layer_of, seed_weights
 from training.images import ImagePath
+from training.layers import pooled
 from training.parallel_resnet import KERNELS, ParallelResNet
 from training.transform import Input
 from training.weights import Wanted, initial_weights
