@@ -80,8 +80,9 @@ def _embedded(x: np.ndarray, truth: np.ndarray, fold: Any, name: str) -> np.ndar
     torch.manual_seed(fold.repeat)  # weights of the peers' own
     layer = nn.Linear(x.shape[1], DIMENSION)
     loss, extra, after = _loss(name, classes, start_at(unit(layer(rows)).detach(), members))
-    groups = [{"params": list(layer.parameters())}, {"params": extra, "lr": 10 * RATE}]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=RATE)
+    groups: list[dict[str, Any]] = [{"params": list(layer.parameters())}]
+    groups += [{"params": extra, "lr": 10 * RATE}] if extra else []
+    optimizer = torch.optim.Adam(groups, lr=RATE)
     generator = np.random.default_rng(fold.repeat)
     for _ in range(EPOCHS):
         for batch in balanced_batches(members.numpy(), BATCH, generator):

@@ -102,7 +102,7 @@ def test_a_toy_is_learnt_and_found_better_than_by_chance(loss: Any) -> None:
     (found,) = embed(outcome.model, outcome.initial.input, pixels[test], "cpu")
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert found.shape == (len(test), 8)
-    values = retrieval_metrics(found, labels.truth[test], [labels.groups[r] for r in test])
+    values: Any = retrieval_metrics(found, labels.truth[test], [labels.groups[r] for r in test])
     assert values["map_at_r"]["value"] > 0.9
     assert values["map_at_r"]["chance"] < 0.6
 
