@@ -114,7 +114,7 @@ def test_proxy_anchor_is_that_of_pytorch_metric_learning() -> None:
     theirs = ProxyAnchorLoss(CLASSES, DIMENSION, margin=0.1, alpha=SHARPNESS)
     with torch.no_grad():
         theirs.proxies.copy_(centres)
-    expected = float(theirs(embeddings, members.int().argmax(dim=1)))
+    expected = float(theirs(embeddings, members.int().argmax(dim=1)).detach())
     assert float(proxy_anchor(embeddings, members, centres, 0.1)) == pytest.approx(expected, rel=1e-4)
 
 
