@@ -21,9 +21,9 @@ RAY_MODULES = {"cluster.nodes", "cluster.session", "tuning.search", "serving.dep
 """The thin Ray layer: the only modules that may import Ray."""
 OUTER_MODULES = {
     f"training.{name}"
-    for name in ("ingest", "pretrain", "transfer", "chain", "evaluate", "inference", "suggest", "device")
+    for name in ("ingest", "pretrain", "transfer", "fitting", "chain", "evaluate", "inference", "suggest", "device")
 }
-"""The verbs, and what asks the session for its resources: they may reach Ray through others. The rest is science."""
+"""The verbs, with the tasks of one of them, and what asks the session for its resources: they may reach Ray through others. The rest is science."""
 
 
 @cache
