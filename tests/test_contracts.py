@@ -23,7 +23,8 @@ OUTER_MODULES = {
     f"training.{name}"
     for name in ("ingest", "pretrain", "transfer", "fitting", "chain", "evaluate", "inference", "suggest", "device")
 }
-"""The verbs, with the tasks of one of them, and what asks the session for its resources: they may reach Ray through others. The rest is science."""
+"""The verbs, with the tasks of one of them, and what asks the session for its resources: they may reach Ray through
+others. The rest is science."""
 
 
 @cache
