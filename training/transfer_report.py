@@ -33,8 +33,8 @@ TASKS = {
 TUNED = {
     "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",
     "knn": "20 neighbours, weighted by distance; nothing was chosen.",
-    "svm": "Kernel (linear or RBF) and C were chosen, and probabilities scaled, by an inner, grouped cross-validation of "
-    "each training side.",
+    "svm": "Kernel (linear or RBF) and C were chosen, and probabilities scaled, by an inner, grouped cross-validation "
+    "of each training side.",
 }
 FEATURES = {
     "radiomic": "Those numbers are not the network's: they measure the main object of each image (intensity, shape, "
