@@ -16,6 +16,7 @@ from training.checklist import checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.judgement import Judged, guessing
+from training.layers import LAST
 from training.limits import Known, limits_of, sites_in
 from training.model_card import Trained, first_weights
 from training.protocol import in_words
@@ -36,7 +37,15 @@ TASKS = {
 TUNED = {
     "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",
     "knn": "20 neighbours, weighted by distance; nothing was chosen.",
-    "svm": "RBF kernel, C = 10; probabilities scaled by an inner, grouped cross-validation of each training side.",
+    "svm": "Kernel (linear or RBF) and C were chosen, and probabilities scaled, by an inner, grouped cross-validation "
+    "of each training side.",
+}
+FEATURES = {
+    "radiomic": "Those numbers are not the network's: they measure the main object of each image (intensity, shape, "
+    "margin, texture).",
+    "both": "Beside those numbers stand measures of the main object of each image (intensity, shape, margin, texture).",
+    "fused": "A second such classifier judges measures of the main object of each image (intensity, shape, margin, "
+    "texture) instead; the answer is the mean of both.",
 }
 _WEIGHED = "Classes were weighted to have the same say in training."
 IMBALANCE = {
@@ -244,13 +253,24 @@ def _protocol(facts: Facts) -> list[report.Block]:
 _HEADS = {"estimator": f"the classifier is in {HEAD}", "metric": f"the embedding on it is in {METRIC}"}
 
 
+def _done(facts: Facts) -> str:
+    """What was trained on what, in words."""
+    config, layers = facts.config, facts.card.features.layers
+    found = [TASKS.get(config.task, config.task)]
+    if layers and layers != (LAST,):
+        found.append(f"Its numbers are of these layers, counted from the input: {', '.join(layers)}.")
+    if config.features in FEATURES:
+        found.append(FEATURES[config.features])
+    return " ".join(found)
+
+
 def _model(facts: Facts) -> list[report.Block]:
     card, network = facts.card, facts.card.architecture
     own, head = card.head == "network", _HEADS.get(card.head, "")
     fitted = f" for {facts.best_epoch} epochs, the median of the folds" if facts.best_epoch else ""
     return [
         report.Text(
-            f"{TASKS.get(facts.config.task, facts.config.task)} The network is {network.name} at {network.height} x "
+            f"{_done(facts)} The network is {network.name} at {network.height} x "
             f"{network.width} pixels; its first weights: {facts.first_weights}. The model kept was fitted "
             f"again on all labelled images{fitted}; its probabilities are divided by temperature "
             f"{card.temperature:.2f}, fitted out of fold."
@@ -307,11 +327,13 @@ def _about_training(facts: Facts) -> dict[str, str]:
         f"{len(card.classes)} probabilities out.",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
         "initial": f"{facts.first_weights}{digest}.",
-        "training": f"{TASKS.get(config.task, config.task)} {TUNED.get(config.task) or _recipe(config)} "
+        "training": f"{_done(facts)} {TUNED.get(config.task) or _recipe(config)} "
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
         "selection": "No test image chose anything. The final model was fitted again on all labelled images"
         + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
-        "ensembles": "None: one model answers.",
+        "ensembles": "None: one model answers."
+        if config.features != "fused"
+        else "Two classifiers answer, of the network's numbers and of measures of the main object; the mean counts.",
         "imbalance": IMBALANCE.get(config.task, ""),
         "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
         "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",
