@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import timm
@@ -25,8 +25,15 @@ from training.nearby import nearby
 from training.probabilities import ACTIVATIONS, Activation, calibrated
 from training.transform import Input, evaluation_view
 
-FORMAT = 1
-WEIGHTS, HEAD = "model.safetensors", "head.skops"
+if TYPE_CHECKING:
+    from training.tasks.chains import Hierarchy
+    from training.tasks.inputs import Inputs
+
+FORMAT = 2
+"""The newest that is read."""
+OLDER = 1
+"""What is written where the code that knows no other reads it rightly: all heads but hierarchy."""
+WEIGHTS, HEAD, HIERARCHY = "model.safetensors", "head.skops", "hierarchy.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class ModelCard:
     image_path: ImagePath
     input: Input
     head: str = "none"
-    """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
+    """none (an encoder), network (its own classifier), estimator (scikit-learn's, on its features) or hierarchy (the
+    modules of a class tree, see `training.tasks.chains`)."""
     classes: tuple[str, ...] = ()
     ordered: bool = False
     """Whether the classes stand in an order of theirs, lowest first."""
@@ -47,9 +55,20 @@ class ModelCard:
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The kinds of images that it judges together, case by case; empty where it judges each image."""
+        return tuple(self.lineage.get("inputs", {}).get("names", ()))
+
+    @property
+    def input_column(self) -> str | None:
+        """The column of a DATASET that told them apart; None where `inputs` is empty."""
+        column = self.lineage.get("inputs", {}).get("column")
+        return None if column is None else str(column)
+
     def as_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.head == "hierarchy" else OLDER,
             "architecture": self.architecture.as_dict(),
             "image_path": self.image_path.as_dict(),
             "input": self.input.as_dict(),
@@ -102,23 +121,33 @@ class Model:
     """What its training set looked like; None where the run had no labelled images to measure it on."""
     device: str
     sha256: str
+    hierarchy: Hierarchy | None = None
 
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]."""
         return features_of(self.network, self.card.input, pixels, self.device, batch_size)
 
     @torch.inference_mode()
-    def classify(self, features: np.ndarray) -> np.ndarray:
+    def classify(self, features: np.ndarray, pixels: np.ndarray | None = None) -> np.ndarray:
         """Calibrated class probabilities float64 [N, K] of features [N, D], as `embed` gives them; a row's sum to 1
         where an image has one class.
 
+        Args:
+            pixels: those that the features are of, where `needs_pixels`; not looked at elsewhere.
+
         Raises:
-            UsageError: the model is an encoder without classes.
+            UsageError: the model is an encoder without classes, or judges cases of several inputs, not images.
         """
         if self.card.head == "none":
             raise UsageError("this model is an encoder without classes; train one with: rayograph transfer --init RUN")
         several = self.card.activation == "sigmoid"
-        if self.estimator is not None:
+        if self.hierarchy is not None:
+            if self.card.inputs:
+                raise UsageError(
+                    f"this model judges cases of {', '.join(self.card.inputs)} together, not single images"
+                )
+            raw = self.hierarchy.probabilities([self.answers(features, pixels)])
+        elif self.estimator is not None:
             raw = self.estimator.probabilities(features)
         else:
             head: nn.Module = self.network.get_classifier()  # type: ignore[operator]
@@ -128,7 +157,41 @@ class Model:
 
     def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3]; errors of `classify`."""
-        return self.classify(self.embed(pixels, batch_size))
+        return self.classify(self.embed(pixels, batch_size), pixels)
+
+    def answers(
+        self, features: np.ndarray, pixels: np.ndarray | None = None, of_input: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What the hierarchy's nodes say of images, float64 [N, width], each by the chain of its input: `of_input` [N]
+        numbers, of the first where None. Features and pixels as in `classify`."""
+        hierarchy = self.hierarchy
+        assert hierarchy is not None
+        numbers = np.zeros(len(features), dtype=np.int64) if of_input is None else of_input
+        found = np.empty((len(features), hierarchy.chains[0].tree.width))
+        for number, chain in enumerate(hierarchy.chains):
+            own = numbers == number
+            if own.any():
+                shown = None if pixels is None else pixels[own]
+                found[own] = hierarchy.answers(chain, features[own], self._seeing(shown))
+        return found
+
+    def classify_cases(self, answers: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """Calibrated class probabilities float64 [N, K] of images by `answers` [N, width], each that of its case."""
+        assert self.hierarchy is not None
+        rows = np.arange(len(answers))
+        means = [inputs.means(number, rows, answers[inputs.of_row == number]) for number in range(inputs.count)]
+        place = np.searchsorted(inputs.cases(rows), inputs.case_of_row)
+        return calibrated(self.hierarchy.probabilities(means)[place], self.card.temperature, several=False)
+
+    def _seeing(self, pixels: np.ndarray | None) -> Callable[[nn.Module], np.ndarray] | None:
+        if pixels is None:
+            return None
+        return lambda network: features_of(network, self.card.input, pixels, self.device)
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether a class takes more than features: networks of a hierarchy each look for themselves."""
+        return self.hierarchy is not None and self.hierarchy.needs_pixels
 
 
 @torch.inference_mode()
@@ -249,6 +312,7 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     folder = model_folder(run)
     card, hashes = read_card(run)
     read = {WEIGHTS, HEAD} if card.head == "estimator" else {WEIGHTS}
+    read |= {HIERARCHY} if card.head == "hierarchy" else set()
     for name in sorted(read | set(hashes)):
         if not (folder / name).is_file() or storage.sha256_file(folder / name) != hashes.get(name):
             raise UsageError(f"{folder / name}: missing or changed since the model was written (sha256 differs)")
@@ -261,6 +325,15 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
 
         load = load_label_sets if card.activation == "sigmoid" else load_estimator
         estimator = load((folder / HEAD).read_bytes(), len(card.classes))
+    hierarchy = _hierarchy_in(folder, card, network) if card.head == "hierarchy" else None
     domain = load_domain((folder / REFERENCE).read_bytes()) if REFERENCE in hashes else None
     network.requires_grad_(False)
-    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS])
+    if hierarchy is not None:
+        hierarchy.to(device)
+    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS], hierarchy)
+
+
+def _hierarchy_in(folder: Path, card: ModelCard, network: nn.Module) -> Hierarchy:
+    from training.tasks.chains import load_hierarchy
+
+    return load_hierarchy((folder / HIERARCHY).read_bytes(), card.classes, network, card.architecture.build)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 from cyclopts import Parameter
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from cluster.errors import UsageError
 from cluster.settings import Config
 
-Task = Literal["finetune", "linear", "knn", "svm"]
+Task = Literal["finetune", "linear", "knn", "svm", "hierarchical"]
 Split = Literal["group", "image", "site", "holdout"]
 Unit = Literal["image", "case", "group"]
 Pooling = Literal["mean", "attention"]
@@ -181,6 +181,18 @@ class TransferConfig(Config):
     "What is judged: each image, or all images of a case or a group together."
     pooling: Pooling = "mean"
     "How the images of a unit are pooled: mean of their probabilities, or attention over frozen features."
+    structure: Literal["flat", "independent", "transferred", "joint"] = "transferred"
+    "Of --task hierarchical: one classifier, one per parent, each child started from its parent's, or one with all."
+    learner: Literal["network", "features"] = "network"
+    "Of --task hierarchical: fine-tune networks, or train small ones on frozen features, in seconds."
+    level_weights: Numbers = ()
+    "Of --structure joint: the weight of each level's loss from the top, the last for all below; default 1."
+    stack: Literal["none", "forest", "logistic"] = "none"
+    "Of --task hierarchical: a meta-learner on confidences made out of fold."
+    inputs: Words = ()
+    "Of --task hierarchical: kinds of images that a case may have, such as oct fundus; needs --unit case."
+    input_column: str | None = None
+    "The column that tells the kinds of --inputs; default the one that has all their names."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -242,7 +254,23 @@ class TransferConfig(Config):
         self._require("unit", self.unit == "image" or self.split != "image", parts)
         self._require("pooling", self.pooling == "mean" or self.unit != "image", "needs --unit case or group")
         frozen = "needs frozen features: --task linear, knn or svm"
-        self._require("pooling", self.pooling == "mean" or self.task != "finetune", frozen)
+        networks = {"finetune", "hierarchical"}
+        self._require("pooling", self.pooling == "mean" or self.task not in networks, frozen)
+        self._check_hierarchy()
+
+    def _check_hierarchy(self) -> None:
+        plain: dict[str, object] = {field.name: field.default for field in fields(self)}
+        for name in ("structure", "learner", "level_weights", "stack", "inputs", "input_column"):
+            given = getattr(self, name) != plain[name]
+            self._require(name, not given or self.task == "hierarchical", "needs --task hierarchical")
+        hierarchical = self.task == "hierarchical"
+        self._require("multi_label", not (hierarchical and self.multi_label), "--task hierarchical judges one class")
+        self._require("level_weights", not self.level_weights or self.structure == "joint", "needs --structure joint")
+        some = all(weight >= 0 for weight in self.level_weights) and (not self.level_weights or any(self.level_weights))
+        self._require("level_weights", some, "none may be below 0, nor all 0")
+        self._require("inputs", not self.inputs or self.unit == "case", "a case is what is judged: add --unit case")
+        self._require("inputs", len(set(self.inputs)) == len(self.inputs), "names an input twice")
+        self._require("input_column", self.input_column is None or bool(self.inputs), "needs --inputs")
 
 
 @Parameter(name="*")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ class FoldResult:
     """float64 [I, K]: of the groups held back for stopping; of frozen features by inner cross-validation."""
     share: float = 1.0
     """As the fold's."""
+    more: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What else the task wants to know of its fits, by name."""
 
 
 def finetune_fold(recipe: Recipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:

@@ -17,6 +17,7 @@ from training.splits import Fold
 
 FORMAT = 1
 """Raised when what a fit computes or keeps changes: older files are then not read."""
+MORE = "more/"
 PROTOCOL = frozenset(
     {"data", "where", "folds", "repeats", "split", "site_column", "test_fraction", "label_fraction", "unit", "pooling"}
     | {"by", "prevalence", "init", "stages"}
@@ -49,6 +50,7 @@ class Fits:
             inner_rows=fold.train[values["inner"]],
             inner_probabilities=values["inner_probabilities"],
             share=fold.share,
+            more={name.removeprefix(MORE): tensor for name, tensor in values.items() if name.startswith(MORE)},
         )
 
     def save(self, fold: Fold, result: FoldResult) -> None:
@@ -60,6 +62,7 @@ class Fits:
             "distances": result.distances,
             "inner": np.searchsorted(fold.train, result.inner_rows).astype(np.int64),
             "inner_probabilities": result.inner_probabilities,
+            **{f"{MORE}{name}": np.asarray(values) for name, values in result.more.items()},
         }
         target = self._path(fold)
         target.parent.mkdir(parents=True, exist_ok=True)

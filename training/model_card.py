@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from training.artifact import HEAD, WEIGHTS, ModelCard, versions
+from training.artifact import HEAD, HIERARCHY, WEIGHTS, ModelCard, versions
 from training.report import with_interval
 
 README = "README.md"
@@ -133,9 +133,12 @@ def _sections(card: ModelCard, trained: Trained) -> dict[str, list[str]]:
     }
 
 
+_CLASSIFIERS = {"network": "its own", "hierarchy": f"of a class tree, `{HIERARCHY}`"}
+
+
 def _model(card: ModelCard) -> list[str]:
     network, shown, initial = card.architecture, card.input, card.lineage.get("initial", {})
-    classifier = "its own" if card.head == "network" else f"scikit-learn, `{HEAD}`"
+    classifier = _CLASSIFIERS.get(card.head, f"scikit-learn, `{HEAD}`")
     digest = f", sha256 `{initial['sha256']}`" if initial.get("sha256") else ""
     return [
         f"- Network: `{network.name}` of timm, {network.height} x {network.width} pixels, {network.channels} channels; "
@@ -163,7 +166,8 @@ def _loading(card: ModelCard) -> list[str]:
         "probabilities = model.probabilities(pixels)  # uint8 [N, height, width, channels]",
         "```",
         "",
-        "With timm alone" + (":" if own else f", the features that `{HEAD}` judges:"),
+        "With timm alone"
+        + (":" if own else f", the features that `{HIERARCHY if card.head == 'hierarchy' else HEAD}` judges:"),
         "",
         "```python",
         card.architecture.snippet(WEIGHTS, len(card.classes) if own else 0),

@@ -118,7 +118,7 @@ def _refuse_useless(stage: Stage) -> None:
     config = stage.config
     if isinstance(config, PretrainConfig) and config.method not in METHODS:
         raise UsageError(f"{stage.where}: --method {config.method}: no such method.{nearest(config.method, METHODS)}")
-    if isinstance(config, TransferConfig) and config.task in ESTIMATORS:
+    if isinstance(config, TransferConfig) and (config.task in ESTIMATORS or config.learner == "features"):
         raise UsageError(
             f"{stage.where}: task {config.task} leaves the network as it was, so the stage would hand nothing on; "
             "use task finetune"

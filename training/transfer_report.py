@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training import report
-from training.artifact import HEAD, WEIGHTS, ModelCard, versions
+from training.artifact import HEAD, HIERARCHY, WEIGHTS, ModelCard, versions
 from training.attention import WORDS
 from training.checklist import checklist_section
 from training.configs import TransferConfig
@@ -28,6 +28,8 @@ TASKS = {
     "linear": "The network was left as it is; a linear classifier was trained on the numbers it gives for an image.",
     "knn": "The network was left as it is; an image takes the class of those that it gives similar numbers for.",
     "svm": "The network was left as it is; a support vector machine was trained on the numbers it gives for an image.",
+    "hierarchical": "The questions that lead down the class tree were learnt one by one or together, and the answers "
+    "on the path to a class multiplied.",
 }
 TUNED = {
     "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",
@@ -243,7 +245,11 @@ def _model(facts: Facts) -> list[report.Block]:
         ),
         report.Text(
             "rayograph predict and rayograph serve use it as it is. To load "
-            + ("it" if own else f"the network alone (the classifier is in {HEAD})")
+            + (
+                "it"
+                if own
+                else f"the network alone (the classifier is in {HIERARCHY if card.head == 'hierarchy' else HEAD})"
+            )
             + " with timm:"
         ),
         report.Code(card.architecture.snippet(f"model/{WEIGHTS}", len(card.classes) if own else 0)),
@@ -299,7 +305,7 @@ def _about_training(facts: Facts) -> dict[str, str]:
         + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
         "ensembles": "None: one model answers.",
         "imbalance": "Classes were weighted to have the same say in training."
-        if config.task in {"finetune", "linear", "svm"}
+        if config.task in {"finetune", "linear", "svm", "hierarchical"}
         else "",
         "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
         "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",

@@ -233,7 +233,9 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, budgets):
+    from tests.benchmarks.hierarchy import hierarchy, hierarchy_networks
+
+    for part in (unlike, budgets, hierarchy, hierarchy_networks):
         if part.__name__ in sys.argv:
             print("\n" + part())
             return 0
@@ -246,6 +248,7 @@ def main() -> int:
     if "--table" not in sys.argv and wanted == list(STUDIES):
         print("\n" + unlike())
         print("\n" + budgets())
+        print("\n" + hierarchy())
     return 0
 
 
