@@ -75,9 +75,10 @@ class Encoder:
         return await self.batcher.ask(shown)
 
     async def _see(self, shown: list[tuple[np.ndarray, np.ndarray]]) -> list[Seen]:
-        features = await self._embed(np.stack([pixels for pixels, _ in shown]))
+        pixels = np.stack([stored for stored, _ in shown])
+        features = await self._embed(pixels)
         looks = np.stack([look for _, look in shown])
-        judged = await _ask(self.classifier.judge, features, looks)
+        judged = await _ask(self.classifier.judge, features, looks, pixels if self.model.needs_pixels else None)
         return list(zip(features, judged, strict=True))
 
     async def _embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -103,10 +104,10 @@ class Classifier:
     def alive(self) -> bool:
         return True
 
-    def judge(self, features: np.ndarray, looks: np.ndarray) -> list[Judgement]:
-        """Of images by features [N, D] and looks [N, S]."""
+    def judge(self, features: np.ndarray, looks: np.ndarray, pixels: np.ndarray | None = None) -> list[Judgement]:
+        """Of images by features [N, D] and looks [N, S]; and stored pixels [N, H, W, C] where it needs them."""
         model = self.model
-        classes = model.classify(features).tolist() if model.card.head != "none" else [None] * len(features)
+        classes = model.classify(features, pixels).tolist() if model.card.head != "none" else [None] * len(features)
         if model.domain is None:
             return [Judgement(p, None, None) for p in classes]
         typical, distances = model.domain.judge(features, looks)

@@ -124,6 +124,11 @@ def _service(config: ServeConfig) -> Any:
     from serving.app import Service
 
     model = load_model(config.model)
+    if model.card.inputs:
+        kinds = ", ".join(model.card.inputs)
+        raise UsageError(
+            f"{config.model}: judges cases of {kinds} together; a request is of one image, so it is not served"
+        )
     index = None
     if config.index is not None:
         snapshot = current(config.index)

@@ -207,13 +207,13 @@ def test_probabilities_of_unseen_labels_come_from_the_model_and_of_strange_ones_
     model, dataset = load_model(probed), Dataset.open(other)
     rows = sort_out(dataset, dataset.select())
     features = model.embed(dataset.pixels(rows.selection))
-    classes, probabilities, by = held_out(str(probed), model, rows, features)
+    classes, probabilities, by = held_out(str(probed), model, dataset, rows, features)
     assert set(by) == {MODEL}
     np.testing.assert_allclose(probabilities, model.classify(features[rows.labelled]), atol=1e-12)
     assert list(classes) == list(model.card.classes)
     strange = Dataset.open(relabelled(other, tmp_path / "strange", {rows.selection.column("image_id")[0]: "moon"}))
     changed = sort_out(strange, strange.select())
-    classes, probabilities, by = held_out(str(probed), model, changed, features)
+    classes, probabilities, by = held_out(str(probed), model, strange, changed, features)
     assert "moon" in classes
     assert set(by) == {NEIGHBOURS}
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
@@ -223,7 +223,7 @@ def test_out_of_fold_predictions_are_used_for_the_images_they_were_made_of(phant
     model, dataset = load_model(probed), Dataset.open(phantoms)
     rows = sort_out(dataset, dataset.select())
     features = np.zeros((len(rows.selection), 1), dtype=np.float32)  # not looked at
-    classes, probabilities, by = held_out(str(probed / "model"), model, rows, features)
+    classes, probabilities, by = held_out(str(probed / "model"), model, dataset, rows, features)
     assert set(by) == {CROSS_VALIDATION}
     table = pq.read_table(probed / "predictions.parquet")
     order = pc.index_in(pa.array(np.asarray(rows.selection.column("image_id"))[rows.labelled]), table["image_id"])

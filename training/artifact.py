@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import timm
@@ -30,9 +30,16 @@ from training.tasks.nearness import METRIC, load_metric
 from training.tasks.progressive import Progressive
 from training.transform import Input, evaluation_view
 
+if TYPE_CHECKING:
+    from training.tasks.chains import Hierarchy
+    from training.tasks.inputs import Inputs
+
 FORMAT = 2
-WEIGHTS, HEAD = "model.safetensors", "head.skops"
-HEADS = {"estimator": (HEAD,), "metric": (METRIC,)}
+"""The newest that is read."""
+OLDER = 1
+"""What is written where the code that knows no other reads it rightly."""
+WEIGHTS, HEAD, HIERARCHY = "model.safetensors", "head.skops", "hierarchy.safetensors"
+HEADS = {"estimator": (HEAD,), "metric": (METRIC,), "hierarchy": (HIERARCHY,)}
 """Files beside the weights that a kind of head cannot do without."""
 
 
@@ -44,8 +51,9 @@ class ModelCard:
     image_path: ImagePath
     input: Input
     head: str = "none"
-    """none (an encoder), network (its own classifier), estimator (scikit-learn's, on its features) or metric (an
-    embedding on the network, and where classes lie in it)."""
+    """none (an encoder), network (its own classifier), estimator (scikit-learn's, on its features), metric (an
+    embedding on the network, and where classes lie in it) or hierarchy (the modules of a class tree, see
+    `training.tasks.chains`)."""
     classes: tuple[str, ...] = ()
     ordered: bool = False
     """Whether the classes stand in an order of theirs, lowest first."""
@@ -57,9 +65,20 @@ class ModelCard:
     features: Features = PLAIN
     """What `embed` gives, and an estimator judges; of a metric model what its embedding starts from."""
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The kinds of images that it judges together, case by case; empty where it judges each image."""
+        return tuple(self.lineage.get("inputs", {}).get("names", ()))
+
+    @property
+    def input_column(self) -> str | None:
+        """The column of a DATASET that told them apart; None where `inputs` is empty."""
+        column = self.lineage.get("inputs", {}).get("column")
+        return None if column is None else str(column)
+
     def as_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.head in {"hierarchy", "metric"} or not self.features.plain else OLDER,
             "architecture": self.architecture.as_dict(),
             "image_path": self.image_path.as_dict(),
             "input": self.input.as_dict(),
@@ -116,6 +135,7 @@ class Model:
     sha256: str
     metric: Progressive | None = None
     """The embedding on the network, see `training.tasks.progressive`; None where features are the network's own."""
+    hierarchy: Hierarchy | None = None
 
     def embed(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Features float32 [N, D] of stored pixels uint8 [N, H, W, 1|3]; those of a metric model have length 1."""
@@ -125,17 +145,26 @@ class Model:
         return described(card.features, self.network, card.input, stored, pixels, self.device, batch_size)
 
     @torch.inference_mode()
-    def classify(self, features: np.ndarray) -> np.ndarray:
+    def classify(self, features: np.ndarray, pixels: np.ndarray | None = None) -> np.ndarray:
         """Calibrated class probabilities float64 [N, K] of features [N, D], as `embed` gives them; a row's sum to 1
         where an image has one class.
 
+        Args:
+            pixels: those that the features are of, where `needs_pixels`; not looked at elsewhere.
+
         Raises:
-            UsageError: the model is an encoder without classes.
+            UsageError: the model is an encoder without classes, or judges cases of several inputs, not images.
         """
         if self.card.head == "none":
             raise UsageError("this model is an encoder without classes; train one with: rayograph transfer --init RUN")
         several = self.card.activation == "sigmoid"
-        if self.estimator is not None:
+        if self.hierarchy is not None:
+            if self.card.inputs:
+                raise UsageError(
+                    f"this model judges cases of {', '.join(self.card.inputs)} together, not single images"
+                )
+            raw = self.hierarchy.probabilities([self.answers(features, pixels)])
+        elif self.estimator is not None:
             raw = self.estimator.probabilities(features)
         else:
             head: nn.Module = self.network.get_classifier()  # type: ignore[operator]
@@ -145,7 +174,41 @@ class Model:
 
     def probabilities(self, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
         """Calibrated class probabilities float64 [N, K] of stored pixels uint8 [N, H, W, 1|3]; errors of `classify`."""
-        return self.classify(self.embed(pixels, batch_size))
+        return self.classify(self.embed(pixels, batch_size), pixels)
+
+    def answers(
+        self, features: np.ndarray, pixels: np.ndarray | None = None, of_input: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What the hierarchy's nodes say of images, float64 [N, width], each by the chain of its input: `of_input` [N]
+        numbers, of the first where None. Features and pixels as in `classify`."""
+        hierarchy = self.hierarchy
+        assert hierarchy is not None
+        numbers = np.zeros(len(features), dtype=np.int64) if of_input is None else of_input
+        found = np.empty((len(features), hierarchy.chains[0].tree.width))
+        for number, chain in enumerate(hierarchy.chains):
+            own = numbers == number
+            if own.any():
+                shown = None if pixels is None else pixels[own]
+                found[own] = hierarchy.answers(chain, features[own], self._seeing(shown))
+        return found
+
+    def classify_cases(self, answers: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """Calibrated class probabilities float64 [N, K] of images by `answers` [N, width], each that of its case."""
+        assert self.hierarchy is not None
+        rows = np.arange(len(answers))
+        means = [inputs.means(number, rows, answers[inputs.of_row == number]) for number in range(inputs.count)]
+        place = np.searchsorted(inputs.cases(rows), inputs.case_of_row)
+        return calibrated(self.hierarchy.probabilities(means)[place], self.card.temperature, several=False)
+
+    def _seeing(self, pixels: np.ndarray | None) -> Callable[[nn.Module], np.ndarray] | None:
+        if pixels is None:
+            return None
+        return lambda network: features_of(network, self.card.input, pixels, self.device)
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether a class takes more than features: networks of a hierarchy each look for themselves."""
+        return self.hierarchy is not None and self.hierarchy.needs_pixels
 
 
 def features_of(
@@ -278,11 +341,14 @@ def load_model(run: str | Path, device: str = "cpu") -> Model:
     metric = None
     if card.head == "metric":
         metric, estimator = _metric_of(card, network, (folder / METRIC).read_bytes())
+    hierarchy = _hierarchy_in(folder, card, network) if card.head == "hierarchy" else None
     domain = load_domain((folder / REFERENCE).read_bytes()) if REFERENCE in hashes else None
     network.requires_grad_(False)
     if metric is not None:
         metric = metric.requires_grad_(False).eval().to(device)
-    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS], metric)
+    if hierarchy is not None:
+        hierarchy.to(device)
+    return Model(card, network.eval().to(device), estimator, domain, device, hashes[WEIGHTS], metric, hierarchy)
 
 
 def _metric_of(card: ModelCard, network: nn.Module, content: bytes) -> tuple[Progressive, Estimator]:
@@ -295,3 +361,9 @@ def _metric_of(card: ModelCard, network: nn.Module, content: bytes) -> tuple[Pro
     except RuntimeError as error:
         raise UsageError(f"{METRIC}: does not belong to {card.architecture.name} ({error})") from error
     return metric, nearness
+
+
+def _hierarchy_in(folder: Path, card: ModelCard, network: nn.Module) -> Hierarchy:
+    from training.tasks.chains import load_hierarchy
+
+    return load_hierarchy((folder / HIERARCHY).read_bytes(), card.classes, network, card.architecture.build)

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from cluster.errors import UsageError
 from cluster.settings import Config
 
-Task = Literal["finetune", "linear", "knn", "svm", "metric"]
+Task = Literal["finetune", "linear", "knn", "svm", "hierarchical", "metric"]
 FROZEN = ("linear", "knn", "svm")
 """Tasks that judge features of the first weights, which stay as they are."""
 MetricLoss = Literal["centre_contrastive", "centre_ranking", "proxy_anchor", "triplet"]
@@ -228,6 +228,18 @@ class TransferConfig(Config):
     "What is judged: each image, or all images of a case or a group together."
     pooling: Pooling = "mean"
     "How the images of a unit are pooled: mean of their probabilities, or attention over frozen features."
+    structure: Literal["flat", "independent", "transferred", "joint"] = "transferred"
+    "Of --task hierarchical: one classifier, one per parent, each child started from its parent's, or one with all."
+    learner: Literal["network", "features"] = "network"
+    "Of --task hierarchical: fine-tune networks, or train small ones on frozen features, in seconds."
+    level_weights: Numbers = ()
+    "Of --structure joint: the weight of each level's loss from the top, the last for all below; default 1."
+    stack: Literal["none", "forest", "logistic"] = "none"
+    "Of --task hierarchical: a meta-learner on confidences made out of fold."
+    inputs: Words = ()
+    "Of --task hierarchical: kinds of images that a case may have, such as oct fundus; needs --unit case."
+    input_column: str | None = None
+    "The column that tells the kinds of --inputs; default the one that has all their names."
     epochs: int = 20
     "Passes of fine-tuning."
     batch_size: int = 32
@@ -308,6 +320,7 @@ class TransferConfig(Config):
         named = bool(self.layers) and all(re.fullmatch(r"last|all|-?[1-9]\d*", name) for name in self.layers)
         self._require("layers", named, "give last, all, or numbers such as 1 3 -1")
         self._check_metric()
+        self._check_hierarchy()
         _refuse_beside_modality(self)
 
     def _check_metric(self) -> None:
@@ -325,6 +338,20 @@ class TransferConfig(Config):
         self._require("steps", 1 <= self.steps <= 3, "must be 1, 2 or 3")
         own = self.centres is None or self.loss.startswith("centre_")
         self._require("centres", own, f"{self.loss} has none to move: --loss centre_contrastive or centre_ranking")
+
+    def _check_hierarchy(self) -> None:
+        plain: dict[str, object] = {field.name: field.default for field in fields(self)}
+        for name in ("structure", "learner", "level_weights", "stack", "inputs", "input_column"):
+            given = getattr(self, name) != plain[name]
+            self._require(name, not given or self.task == "hierarchical", "needs --task hierarchical")
+        hierarchical = self.task == "hierarchical"
+        self._require("multi_label", not (hierarchical and self.multi_label), "--task hierarchical judges one class")
+        self._require("level_weights", not self.level_weights or self.structure == "joint", "needs --structure joint")
+        some = all(weight >= 0 for weight in self.level_weights) and (not self.level_weights or any(self.level_weights))
+        self._require("level_weights", some, "none may be below 0, nor all 0")
+        self._require("inputs", not self.inputs or self.unit == "case", "a case is what is judged: add --unit case")
+        self._require("inputs", len(set(self.inputs)) == len(self.inputs), "names an input twice")
+        self._require("input_column", self.input_column is None or bool(self.inputs), "needs --inputs")
 
 
 @Parameter(name="*")

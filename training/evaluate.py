@@ -37,6 +37,7 @@ from training.protocol import in_words, protocol_of
 from training.report import with_interval
 from training.results import counts_table, data_section, figures_of, unit_blocks
 from training.tasks import pooling
+from training.tasks.inputs import inputs_of, joined
 from training.units import Units, pooled, units_of
 
 
@@ -170,8 +171,10 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
         max(side) for side in zip(*((c.image_path.height, c.image_path.width) for c in cards.values()), strict=True)
     ]
     dataset = resolve_data(data, out=config.out, image_size=f"{size[0]}x{size[1]}", images=config.images)
-    selection = dataset.select(config.where, labelled=True)
     card = cards[config.model]
+    _require_same_inputs(config, cards)
+    labelled = dataset.select(config.where, labelled=True)
+    selection = Selection(joined(labelled.table, card.inputs, card.input_column))
     classes = list(card.classes)
     seen = _check(config, cards, selection)
     labels, groups = selection.column("label"), selection.column("group")
@@ -234,6 +237,14 @@ def _require_comparable(config: EvaluateConfig, cards: Mapping[str, ModelCard]) 
         raise UsageError(f"{several}: judges label sets, which are not compared; evaluate it without --against")
 
 
+def _require_same_inputs(config: EvaluateConfig, cards: Mapping[str, ModelCard]) -> None:
+    for run, card in cards.items():
+        if card.inputs and config.unit != "case":
+            raise UsageError(f"{run}: judges cases of {', '.join(card.inputs)} together: add --unit case")
+        if card.inputs != cards[config.model].inputs:
+            raise UsageError(f"{run} and {config.model}: judge other inputs, so they differ in task")
+
+
 def _card(run: str) -> ModelCard:
     card = read_card(run)[0]
     if card.head == "none":
@@ -284,18 +295,26 @@ def _probabilities(
     pooler = _pooler(run, _dimension(model), width) if config.pooling == "attention" else None
     features, parts = [], []
     step = 512
+    card = model.card
+    inputs = inputs_of(selection.table, card.inputs, card.input_column) if card.inputs else None
     with progress("evaluate", len(selection), "images") as bar:
         for at in range(0, len(selection), step):
-            part = selection.take(np.arange(at, min(at + step, len(selection))))
-            features.append(model.embed(dataset.pixels(part), config.batch_size))
-            parts.append(model.classify(features[-1]))
+            part = np.arange(at, min(at + step, len(selection)))
+            pixels = dataset.pixels(selection.take(part))
+            features.append(model.embed(pixels, config.batch_size))
+            if inputs is not None:
+                parts.append(model.answers(features[-1], pixels, inputs.of_row[part]))
+            else:
+                parts.append(model.classify(features[-1], pixels))
             bar.advance(len(part))
+    said = np.concatenate(parts)
+    said = said if inputs is None else model.classify_cases(said, inputs)
     order = [model.card.classes.index(name) for name in classes]
     by_unit = np.empty((0, width))
     if pooler is not None:
         raw = pooler.probabilities(np.concatenate(features), units.of_row)[units.judged]
         by_unit = calibrated(raw, pooler.temperature, several=pooler.several)[:, order]
-    return _Said(np.concatenate(parts)[:, order], by_unit)
+    return _Said(said[:, order], by_unit)
 
 
 def _dimension(model: Model) -> int:

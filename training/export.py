@@ -34,10 +34,14 @@ from training.encoder import OWN
 from training.features import PLAIN
 from training.images import AUTO_PERCENTILES, REDUCING_GAP
 from training.probabilities import HALF
+from training.tasks.chains import Hierarchy
 from training.tasks.frozen import Frozen
+from training.tasks.hierarchy import paths
 from training.tasks.label_sets import LabelSets
+from training.tasks.learners import SmallNetwork, classifier_of
 from training.tasks.nearness import Nearness
 from training.tasks.progressive import Progressive
+from training.tasks.structures import Chain
 from training.transform import Input, to_tensor
 
 OPSET = 18
@@ -118,6 +122,8 @@ class Plan:
     probe: Probe | None
     metric: Progressive | None = None
     """The embedding whose numbers are exported as features; None where they are the network's own."""
+    chain: Chain | None = None
+    """The modules of a class tree, where these classify."""
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
         """What our own model gives for the exported features [N, D]."""
@@ -134,10 +140,10 @@ def _plan(config: ExportConfig, model: Model) -> Plan:
         return _plain_plan(config, model)
     if card.head == "metric":
         return _metric_plan(config, model)
-    if config.encoder_only or card.head == "none":
-        return Plan(model, (), None)
-    if card.head == "network":
-        return Plan(model, card.classes, None)
+    if config.encoder_only or card.head in {"none", "network"}:
+        return Plan(model, () if config.encoder_only else card.classes, None)
+    if model.hierarchy is not None:
+        return _plan_of_hierarchy(config, model, model.hierarchy)
     probe = probe_of(model.estimator, len(card.classes))
     if probe is not None:
         return Plan(model, card.classes, probe)
@@ -184,6 +190,18 @@ def _refuse_own(config: ExportConfig, model: Model) -> None:
             f"{config.model}: its network, {name}, is Rayograph's own, which timm elsewhere does not know; "
             "use --to onnx"
         )
+
+
+def _plan_of_hierarchy(config: ExportConfig, model: Model, hierarchy: Hierarchy) -> Plan:
+    if config.to == "timm":
+        say("the classifiers of a class tree have no timm form: only the encoder is exported")
+        return Plan(model, (), None)
+    if hierarchy.meta is not None or len(hierarchy.chains) > 1:
+        raise UsageError(
+            f"{config.model}: a meta-learner and several inputs have no ONNX form here; use --encoder-only (features "
+            "alone), or a model of `rayograph transfer --task hierarchical` without --stack and --inputs"
+        )
+    return Plan(model, model.card.classes, None, chain=hierarchy.chains[0])
 
 
 def probe_of(estimator: object, classes: int) -> Probe | None:
@@ -292,6 +310,7 @@ class Graph(nn.Module):
         self.card = plan.model.card
         self._keep("mean", np.reshape(plan.input.mean, (1, -1, 1, 1)))
         self._keep("std", np.reshape(plan.input.std, (1, -1, 1, 1)))
+        self.chain = None if plan.chain is None else Questions(plan.chain)
         if plan.probe is not None:
             for name in ("mean", "scale", "weight", "bias"):
                 self._keep(f"probe_{name}", getattr(plan.probe, name))
@@ -300,17 +319,49 @@ class Graph(nn.Module):
         self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        shown = (images - self.mean) / self.std
         if self.metric is not None and self.nearness is not None:
-            features = self.metric((images - self.mean) / self.std)[-1]
+            features = self.metric(shown)[-1]
             logits = self.nearness.logits(features)
         else:
-            features, logits = forward(self.network, (images - self.mean) / self.std)
+            features, logits = forward(self.network, shown)
         if not self.classifies:
             return (features,)
+        if self.chain is not None:
+            logits = self.chain(shown, features)
         if self.probe:
             standard = (features - self.probe_mean) / self.probe_scale
             logits = nn.functional.linear(standard, self.probe_weight, self.probe_bias)
         return features, _activated(logits, self.card)
+
+
+class Questions(nn.Module):
+    """Normalised images [B, C, H, W] and their features [B, D] -> log-probabilities [B, K] by the chain rule."""
+
+    paths: Tensor
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.chain = chain
+        self.asked = nn.ModuleList(chain.modules)
+        self.register_buffer("paths", torch.tensor(paths(chain.tree), dtype=torch.float32))
+
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
+        said = []
+        for number, module in enumerate(self.asked):
+            if isinstance(module, SmallNetwork):
+                said.append(module(features))
+            else:
+                said.append(forward(module, images)[1] if number else classifier_of(module)(features))
+        parts = []
+        for node, head in zip(self.chain.tree.nodes, self.chain.heads, strict=True):
+            if head.module < 0:
+                constant = torch.tensor(head.guess, dtype=torch.float32).log()
+                parts.append(constant.expand(features.shape[0], node.width))
+            else:
+                own = said[head.module][:, head.first : head.first + node.width]
+                parts.append(torch.log_softmax(own / head.temperature, dim=1))
+        return torch.cat(parts, dim=1) @ self.paths
 
 
 def _activated(logits: Tensor, card: ModelCard) -> Tensor:
@@ -451,7 +502,7 @@ def _difference(plan: Plan, answer: Callable[[np.ndarray], list[np.ndarray]]) ->
         images = np.ascontiguousarray(to_tensor(pixels, plan.input.channels).numpy())
         found = answer(images)
         features = plan.embed(pixels)
-        expected = (features, plan.model.classify(features)) if plan.classes else (features,)
+        expected = (features, plan.model.classify(features, pixels)) if plan.classes else (features,)
         for ours, theirs in zip(expected, found, strict=False):
             if ours.shape != theirs.shape or not np.isfinite(theirs).all():
                 return float("inf")

@@ -63,6 +63,7 @@ class Fits:
             "distances": result.distances,
             "inner": np.searchsorted(fold.train, result.inner_rows).astype(np.int64),
             "inner_probabilities": result.inner_probabilities,
+            **{f"{MORE}{name}": np.asarray(values) for name, values in result.more.items()},
         }
         tensors |= {f"{MORE}{name}": values for name, values in result.more.items()}
         target = self._path(fold)

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from cluster import storage
+from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from cluster.session import cores
-from training.artifact import HEAD
+from training.artifact import HEAD, HIERARCHY
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.device import threads_for
@@ -33,13 +34,17 @@ from training.fit import (
 )
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
+from training.hierarchical_fit import Ground, hierarchical_fold, refit_hierarchy
 from training.splits import Fold
-from training.tasks.finetune import Recipe, recipe_for
+from training.tasks.finetune import Recipe, recipe_for, started_from
 from training.tasks.frozen import chosen_by
 from training.tasks.fusion import Fused
+from training.tasks.inputs import inputs_of
 from training.tasks.label_sets import LabelSets
+from training.tasks.learners import Learner, Networks, small_networks_for
 from training.tasks.metric import metric_recipe
 from training.tasks.nearness import METRIC
+from training.tasks.structures import tree_for
 from training.weights import Wanted, initial_weights, located
 
 TRAINED = frozenset({"finetune", "metric"})
@@ -124,6 +129,10 @@ class Fitting:
     def median_epoch(self, results: list[FoldResult]) -> int:
         """The median best epoch of the fits with the run's own share of the labels."""
         return int(np.median([r.best_epoch for r in results if r.share == self.share]))
+
+    def median_of(self, name: str, results: list[FoldResult]) -> np.ndarray:
+        """The median, entry by entry, of `more[name]` of the fits with the run's own share of the labels."""
+        return np.asarray(np.median([r.more[name] for r in results if r.share == self.share], axis=0))
 
     def features(self) -> np.ndarray:
         """Features [N, D] of all labelled rows, under the initial network or radiomic, kept for an interrupted run."""
@@ -279,10 +288,66 @@ def _radiomic_part(pixels: np.ndarray, stored: tuple[int, int], at: int) -> tupl
     return at, radiomic(pixels[at : at + RADIOMIC_IMAGES], stored)
 
 
+def hierarchical(fitting: Fitting) -> Trained:
+    """A classifier per parent of the class tree, or one of all; networks, or small ones on frozen features."""
+    config = fitting.config
+    if fitting.labels.several:
+        raise UsageError("--task hierarchical: images have several labels, and it judges one class for each")
+    results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers))
+    epochs = np.rint(fitting.median_of("epochs", results)).astype(np.int64)
+    say(f"refitting on {len(fitting.kept):,} images for {_listed(epochs)} epochs, the medians of the folds")
+    alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results))
+    content, weights, features = fitting.alone(refit_hierarchy, *alone)
+    network = fitting.initial.network
+    if config.learner == "network":
+        tensors = {name: torch.from_numpy(values.copy()) for name, values in weights.items()}
+        network = started_from(fitting.initial.architecture.build(0), tensors)
+    return Trained(
+        results,
+        network,
+        features,
+        best_epoch=int(epochs[0, 0]),
+        head="hierarchy",
+        files=((HIERARCHY, content),),
+        taught=config.learner == "network",
+    )
+
+
+def _ground(fitting: Fitting, workers: int) -> Ground:
+    config = fitting.config
+    tree = tree_for(config.structure, fitting.classes)
+    if len(config.level_weights) > tree.levels:
+        raise UsageError(
+            f"--level-weights {_listed(config.level_weights)}: the class tree has {tree.levels} levels at which "
+            "something is to be told apart; give that many at most"
+        )
+    learner: Learner
+    if config.learner == "network":
+        learner = Networks(fitting.recipe(workers), fitting.pixels, fitting.initial.input)
+    else:
+        learner = small_networks_for(config, fitting.features())
+    return Ground(
+        learner,
+        fitting.labels,
+        inputs_of(fitting.selection.table, config.inputs, config.input_column),
+        tuple(fitting.classes),
+        config.structure,
+        config.learner,
+        config.level_weights,
+        config.stack,
+        config.seed,
+    )
+
+
+def _listed(values: Any) -> str:
+    return " ".join(f"{value:g}" for value in np.ravel(values))
+
+
 TASKS: dict[str, Callable[[Fitting], Trained]] = {
     "finetune": finetune,
     "linear": frozen,
     "knn": frozen,
     "svm": frozen,
     "metric": metric,
+    "hierarchical": hierarchical,
 }

@@ -116,6 +116,11 @@ def predict(config: InferenceConfig) -> dict[str, Any]:
     card, _ = read_card(config.model)
     if card.head == "none":
         raise UsageError(f"{config.model}: an encoder without classes; train one with: rayograph transfer --init RUN")
+    if card.inputs:
+        raise UsageError(
+            f"{config.model}: judges cases of {', '.join(card.inputs)} together, not single images; "
+            "rayograph evaluate --unit case does"
+        )
     return _infer(config, card, embed=False)
 
 

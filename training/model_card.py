@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from training.artifact import HEAD, HEADS, WEIGHTS, ModelCard, versions
+from training.artifact import HEAD, HEADS, HIERARCHY, WEIGHTS, ModelCard, versions
 from training.report import with_interval
 from training.tasks.nearness import METRIC
 
@@ -138,6 +138,7 @@ _CLASSIFIERS = {
     "network": "its own",
     "estimator": f"scikit-learn, `{HEAD}`",
     "metric": f"the nearest class mean in an embedding of unit length, `{METRIC}`",
+    "hierarchy": f"of a class tree, `{HIERARCHY}`",
 }
 
 

@@ -123,7 +123,7 @@ def _refuse_useless(stage: Stage) -> None:
             check_method(config)
         except UsageError as error:
             raise UsageError(f"{stage.where}: {error}") from error
-    if isinstance(config, TransferConfig) and config.task in ESTIMATORS:
+    if isinstance(config, TransferConfig) and (config.task in ESTIMATORS or config.learner == "features"):
         raise UsageError(
             f"{stage.where}: task {config.task} leaves the network as it was, so the stage would hand nothing on; "
             "use task finetune"

@@ -92,9 +92,9 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
         features = kept_features(config, dataset, rows.selection, out.log)
         model = load_model(config.model)
         strange = _strange(config, model, dataset, rows, features)
-        next_ones, how = _to_label(config, model, rows, features, strange)
-        wrong, judged = _look_again(config, model, rows, features)
-        columns = ALIKE if card.head == "none" else ALIKE + GUESS
+        next_ones, how = _to_label(config, model, dataset, rows, features, strange)
+        wrong, judged = _look_again(config, model, dataset, rows, features)
+        columns = ALIKE if card.head == "none" or card.inputs else ALIKE + GUESS
         first = Sheet(TO_LABEL, columns, next_ones, _pixels(dataset, rows, next_ones))
         second = Sheet(LOOK_AGAIN, DOUBT, wrong, _pixels(dataset, rows, wrong))
         groups = len(set(rows.groups[rows.unlabelled]))
@@ -214,8 +214,14 @@ def _how(config: SuggestConfig, model: Model, strange: np.ndarray) -> str:
     )
 
 
+def _classified(model: Model, dataset: Dataset, rows: Rows, chosen: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Probabilities [C, K] of the rows `chosen`; their pixels are read where the model takes more than features."""
+    pixels = dataset.pixels(rows.selection.take(chosen)) if model.needs_pixels else None
+    return model.classify(features[chosen], pixels)
+
+
 def _to_label(
-    config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray, strange: np.ndarray
+    config: SuggestConfig, model: Model, dataset: Dataset, rows: Rows, features: np.ndarray, strange: np.ndarray
 ) -> tuple[list[Suggestion], str]:
     """(the images worth labelling, in words how they were chosen)."""
     if not len(rows.unlabelled):
@@ -225,8 +231,10 @@ def _to_label(
         return [], how
     budget = choose.Budget(config.n, config.per_group, config.seed)
     chosen, sizes = choose.typical(features, rows.labelled, pool, rows.groups, budget)
-    known = model.card.head != "none"
-    guesses = model.classify(features[chosen]) if known else np.empty((len(chosen), 0))
+    known = model.card.head != "none" and not model.card.inputs
+    guesses = np.empty((len(chosen), 0))
+    if known:
+        guesses = _classified(model, dataset, rows, chosen, features)
     found = [
         _suggestion(int(row), int(size), guess, model.card)
         for row, size, guess in zip(chosen, sizes, guesses, strict=True)
@@ -260,7 +268,9 @@ def _leaf(name: str) -> str:
 # Which labels look wrong
 
 
-def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.ndarray) -> tuple[list[Suggestion], str]:
+def _look_again(
+    config: SuggestConfig, model: Model, dataset: Dataset, rows: Rows, features: np.ndarray
+) -> tuple[list[Suggestion], str]:
     """(the labels that look wrong, in words what they were judged by)."""
     disputed = [
         Suggestion(int(row), "copies of this image carry different labels", "copies disagree", ("", "", "", "", ""))
@@ -272,7 +282,7 @@ def _look_again(config: SuggestConfig, model: Model, rows: Rows, features: np.nd
         return disputed, "Images with several labels at once are not judged yet." + also
     if len(set(names)) < 2:
         return disputed, "There are labels of fewer than two classes, so none can look wrong." + also
-    classes, probabilities, by = held_out(config.model, model, rows, features)
+    classes, probabilities, by = held_out(config.model, model, dataset, rows, features)
     y = np.searchsorted(classes, names)
     found = doubts(probabilities, y)
     suspects = [
@@ -307,7 +317,9 @@ def _doubt(row: int, pair: tuple[str, str], probabilities: np.ndarray, by: str) 
     return Suggestion(row, f"looks like {rival}", caption, (given, rival, own, other, by))
 
 
-def held_out(run: str, model: Model, rows: Rows, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def held_out(
+    run: str, model: Model, dataset: Dataset, rows: Rows, features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(classes [K] sorted, probabilities [L, K] of the labelled rows, made without their labels, what made each [L]).
 
     The RUN's out-of-fold predictions where it has them, else the model's own answer where neither the image nor its
@@ -326,8 +338,9 @@ def held_out(run: str, model: Model, rows: Rows, features: np.ndarray) -> tuple[
         old = np.asarray([digest in seen for digest in short_digests(rows.selection.take(rows.labelled))])
         ids = rows.selection.take(rows.labelled).column("image_id")
         covered = old & np.asarray([image in predicted for image in ids])
-        fresh = ~old & ~np.isin(groups, groups[old])
-        probabilities[fresh] = model.classify(own[fresh])[:, order] if fresh.any() else probabilities[fresh]
+        fresh = ~old & ~np.isin(groups, groups[old]) & (not model.card.inputs)
+        if fresh.any():
+            probabilities[fresh] = _classified(model, dataset, rows, rows.labelled[fresh], features)[:, order]
         for at in np.flatnonzero(covered):
             probabilities[at] = predicted[ids[at]][order]
         by[fresh], by[covered] = MODEL, CROSS_VALIDATION

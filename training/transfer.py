@@ -40,6 +40,7 @@ from training.sheets import sheet_section
 from training.splits import budget
 from training.subgroups import columns_of
 from training.tasks import pooling
+from training.tasks.inputs import column_of, joined
 from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.units import fold_of_units
 
@@ -76,7 +77,8 @@ class Chain(Protocol):
 def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -> dict[str, Any]:
     """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
     dataset = resolve_data(config.data, out=config.out, images=config.images)
-    selection = dataset.select(config.where, labelled=True)
+    labelled = dataset.select(config.where, labelled=True)
+    selection = Selection(joined(labelled.table, config.inputs, config.input_column))
     refuse_taught(config.init, dataset, selection)
     study = _Study(config, dataset, selection, out, chain)
     started = time.monotonic()
@@ -251,9 +253,17 @@ class _Study:
                 "images": len(self.selection),
                 "initial": self.initial.provenance,
                 "config": self.config.identity(),
+                **self._inputs(),
                 **({"stages": self.chain.lineage()} if self.chain is not None else {}),
             },
         )
+
+    def _inputs(self) -> dict[str, Any]:
+        names = self.config.inputs
+        if not names:
+            return {}
+        column = column_of(self.selection.table, names, self.config.input_column)
+        return {"inputs": {"names": list(names), "column": column}}
 
     def _facts(self, trained: Trained, method: str) -> Facts:
         return Facts(

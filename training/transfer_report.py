@@ -33,6 +33,8 @@ TASKS = {
     "svm": "The network was left as it is; a support vector machine was trained on the numbers it gives for an image.",
     "metric": "The whole network was trained so that images of a class lie together in an embedding (metric learning); "
     "an image is of the class whose mean it lies nearest to.",
+    "hierarchical": "The questions that lead down the class tree were learnt one by one or together, and the answers "
+    "on the path to a class multiplied.",
 }
 TUNED = {
     "linear": "How strongly to regularise was chosen by an inner, grouped cross-validation of each training side.",

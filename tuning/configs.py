@@ -9,11 +9,14 @@ from cyclopts import Parameter
 
 from cluster.errors import UsageError, nearest
 from cluster.settings import Config
-from training.configs import TransferConfig
-from tuning.spaces import STUDIES
+from training.configs import TransferConfig, Words
+from tuning.spaces import STUDIES, Params
 
 FIXED = ("init", "preset", "model", "where", "epochs", "batch_size", "flip", "turns", "image_size", "seed", "device")
 """Fields that a trial takes over from `tune` as they are."""
+HIERARCHICAL = "hierarchical"
+OF_HIERARCHY = ("task", "learner", "inputs", "input_column", "unit")
+"""Fields that the study of hierarchies sets."""
 
 
 @Parameter(name="*")
@@ -27,7 +30,7 @@ class TuneConfig(Config):
     out: str
     "Where the search goes; an unfinished one of the same config goes on."
     study: str = "transfer"
-    "What is searched: transfer, the settings of fine-tuning."
+    "What is searched: transfer, the settings of fine-tuning, or hierarchical, how a tree of classes is learnt."
     trials: int = 20
     "Settings tried, trial 0 (the defaults of transfer) included; may be raised when --out is taken up again."
     epochs: int = 20
@@ -36,6 +39,12 @@ class TuneConfig(Config):
     "Share of the groups that the search never sees; winner and defaults are judged on them."
     init: str = "imagenet"
     "Starting weights: imagenet, a RUN, timm:NAME, hf-hub:NAME, a safetensors file in timm keys, or none."
+    inits: Words = ()
+    "Of --study hierarchical: further starting weights to choose among."
+    inputs: Words = ()
+    "Of --study hierarchical: kinds of images of a case, such as oct fundus: one of them or all."
+    input_column: str | None = None
+    "The column that tells the kinds of --inputs; default the one that has all their names."
     preset: Literal["auto", "tiny", "small", "base", "large"] = "auto"
     "Model size where --init names no model."
     model: str | None = None
@@ -65,9 +74,24 @@ class TuneConfig(Config):
             raise UsageError(f"--study {self.study}: no such study ({known}).{nearest(self.study, STUDIES)}")
         self._require("trials", self.trials >= 1, "needs at least 1, which is the defaults")
         self._require("holdout", 0 < self.holdout <= 0.5, "must lie above 0 and be at most 0.5")
+        for name in ("inits", "inputs"):
+            needs = not getattr(self, name) or self.study == HIERARCHICAL
+            self._require(name, needs, f"needs --study {HIERARCHICAL}")
         self.trial({})  # raises what `transfer` would refuse
 
-    def trial(self, params: dict[str, float]) -> TransferConfig:
+    @property
+    def given(self) -> dict[str, tuple[str, ...]]:
+        """What a search may choose from beside the values that its study names."""
+        several = [" ".join(self.inputs)] if self.inputs else []
+        return {"init": (self.init, *self.inits), "inputs": (*several, *self.inputs)}
+
+    def trial(self, params: Params) -> TransferConfig:
         """The `transfer` that a trial with these parameters stands for; with none, the defaults."""
         values: dict[str, Any] = {name: getattr(self, name) for name in FIXED} | params
+        if self.study == HIERARCHICAL:
+            chosen = str(params.get("inputs", " ".join(self.inputs))).split()
+            values |= {"task": "hierarchical", "learner": "features", "inputs": tuple(chosen)}
+            values |= {"unit": "case", "input_column": self.input_column} if chosen else {}
+            if "level_weights" in params:  # of all levels below the first
+                values["level_weights"] = (1.0, params["level_weights"])
         return TransferConfig(self.data, out=self.out, **values)

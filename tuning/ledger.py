@@ -20,7 +20,7 @@ from sqlalchemy import URL
 from cluster import storage
 from cluster.errors import UsageError
 from training import keyed
-from tuning.spaces import Space
+from tuning.spaces import Params, Space, suggestion
 
 FILE, STUDY = "study.db", "tune"
 RANDOM_TRIALS = 8
@@ -52,7 +52,7 @@ class Record:
     """A finished trial."""
 
     number: int
-    params: dict[str, float]
+    params: Params
     outcome: Outcome = field(default_factory=lambda: Outcome("failed"))
 
     @property
@@ -68,7 +68,7 @@ class Ledger:
         self._taken: set[int] = set()
 
     @classmethod
-    def open(cls, folder: Path, space: Space, defaults: dict[str, float], *, seed: int, subject: str) -> Ledger:
+    def open(cls, folder: Path, space: Space, defaults: Params, *, seed: int, subject: str) -> Ledger:
         """The ledger in `folder`, which appears there whole, with the defaults waiting as trial 0.
 
         Args:
@@ -98,7 +98,7 @@ class Ledger:
         """No connection to the file is left open."""
         self._storage.engine.dispose()
 
-    def next(self, trials: int) -> tuple[int, dict[str, float]] | None:
+    def next(self, trials: int) -> tuple[int, Params] | None:
         """Number and parameters of the next trial of `trials`: first those that were cut off, then new ones.
 
         None when all are finished or given out by this object. A suggestion is a pure function of the seed, the
@@ -123,7 +123,7 @@ class Ledger:
             raise RuntimeError(f"trial {trial.number} was given out as {number}: is another process writing?")
         self._taken.add(number)
         # what a killed process had drawn already comes back as it was
-        return number, {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in self._space.items()}
+        return number, suggestion(self._space, trial)
 
     def finish(self, number: int, outcome: Outcome) -> Record:
         """The trial is finished for good: its last commit is the one that makes it so."""

@@ -13,9 +13,9 @@ from cluster import storage
 from cluster.settings import dump_yaml
 from training import figures, report
 from training.results import WORDS
-from tuning.configs import FIXED, TuneConfig
+from tuning.configs import FIXED, HIERARCHICAL, OF_HIERARCHY, TuneConfig
 from tuning.ledger import Record, by_rank
-from tuning.spaces import Range, Space
+from tuning.spaces import Choice, Setting, Space
 from tuning.trial import IN_FULL, VALIDATION
 
 OBJECTIVE = "balanced accuracy on the validation groups"
@@ -45,7 +45,7 @@ def write_trials(path: Path, records: list[Record], space: Space) -> None:
         "best_epoch": pa.array([o.best_epoch for o in outcomes], pa.int64()),
         "epochs": pa.array([len(o.values) for o in outcomes], pa.int64()),
         "seconds": pa.array([o.seconds for o in outcomes], pa.float64()),
-        **{name: pa.array([r.params[name] for r in records], pa.float64()) for name in space},
+        **{name: pa.array([r.params.get(name) for r in records], _type(s)) for name, s in space.items()},
         "reason": [o.reason for o in outcomes],
     }
     partial = path.with_name(f".{path.name}")
@@ -56,8 +56,18 @@ def write_trials(path: Path, records: list[Record], space: Space) -> None:
 def write_best(path: Path, config: TuneConfig, best: Record) -> None:
     """best.yaml: a config of `transfer` without --data and --out, which go with the command that uses it."""
     chosen = config.trial(best.params).as_dict()
-    kept = [name for name in FIXED if name != "device"] + list(best.params)
-    storage.write_text(path, dump_yaml(config.study, {name: chosen[name] for name in kept}))
+    own = [*OF_HIERARCHY] if config.study == HIERARCHICAL else []
+    kept = dict.fromkeys([*(name for name in FIXED if name != "device"), *own, *best.params])
+    storage.write_text(path, dump_yaml("transfer", {name: chosen[name] for name in kept}))
+
+
+def _type(setting: Setting) -> pa.DataType:
+    return pa.string() if isinstance(setting, Choice) else pa.float64()
+
+
+def shown_value(value: float | str | None) -> str:
+    """A setting of a trial; one that meant nothing beside the others has none."""
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
 
 
 def draw_history(folder: Path, records: list[Record]) -> None:
@@ -164,13 +174,13 @@ def _protocol_section(config: TuneConfig, space: Space, protocol: dict[str, Any]
         f"estimator. After the first {IN_FULL}, which set the bar, trials were stopped early by asynchronous "
         f"successive halving; a full trial is {config.epochs} epochs, from first weights {config.init}."
     )
-    rows = [[name, f"{r.low:g} to {r.high:g}", _scale(r)] for name, r in space.items()]
-    table = report.Table(["setting", "range", "scale"], rows, "Searched")
+    rows = [[name, *setting.in_words(), _when(setting)] for name, setting in space.items()]
+    table = report.Table(["setting", "range", "scale", "where"], rows, "Searched")
     return report.Section("Protocol", [report.Text(text), report.Text(search), table])
 
 
-def _scale(searched: Range) -> str:
-    return "logarithmic" if searched.log else "even"
+def _when(setting: Setting) -> str:
+    return "" if setting.when is None else f"{setting.when[0]} is {setting.when[1]}"
 
 
 def _trials_section(out: Path, records: list[Record], space: Space) -> report.Section:
@@ -181,7 +191,7 @@ def _trials_section(out: Path, records: list[Record], space: Space) -> report.Se
             words[r.outcome.state],
             "–" if r.value is None else f"{r.value:.3f}",
             f"{len(r.outcome.values)}",
-            *(f"{r.params[name]:.3g}" for name in space),
+            *(shown_value(r.params.get(name)) for name in space),
             r.outcome.reason,
         ]
         for r in by_rank(records)
@@ -200,7 +210,7 @@ def _trials_section(out: Path, records: list[Record], space: Space) -> report.Se
 
 
 def _use_section(out: Path, config: TuneConfig, best: Record) -> report.Section:
-    command = f"rayograph {config.study} --config {out / 'best.yaml'} --data {config.data} --out RUN"
+    command = f"rayograph transfer --config {out / 'best.yaml'} --data {config.data} --out RUN"
     text = (
         f"best.yaml holds the settings of trial {best.number}. The command below cross-validates them on all labelled "
         "images; its figures are a little too good, for the settings were chosen on part of these."

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -21,7 +21,8 @@ from ray.tune.search import Searcher
 from cluster import storage
 from cluster.errors import RayographError
 from tuning.ledger import Ledger, Outcome, Record, State
-from tuning.trial import IN_FULL, Bench, run_trial
+from tuning.spaces import Params
+from tuning.trial import IN_FULL, Report
 
 LOG = "metrics.jsonl"
 SCRATCH = ".ray"
@@ -37,6 +38,16 @@ VARIABLES = {
 }
 REPORTED = ("epoch", "loss", "held_loss", "value", "best_epoch", "seconds", "failed")
 """What of a trial's results is kept; Ray adds much of its own."""
+
+
+class Bench(Protocol):
+    """What trials of a study share, and how one is run: see `tuning.trial` and `tuning.hierarchical`."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    def run(self, params: Params, report: Report) -> None: ...
+
 
 OnFinished = Callable[[Record], None]
 
@@ -65,7 +76,7 @@ def run_search(
         return
     scratch = out / SCRATCH
     storage.remove(scratch)
-    epochs = bench.config.epochs
+    epochs = bench.epochs
     with _environment(VARIABLES), TrialLog(out / LOG) as log:
         searcher = LedgerSearch(ledger, trials, log, on_finished, epochs)
         limits: dict[str, float] = {"cpu": 1, "gpu": 1 if gpu else 0}
@@ -231,7 +242,7 @@ class TrialLog:
 
 
 def _trial(config: dict[str, Any], *, bench: Bench) -> None:
-    run_trial(bench, config["params"], tune.report)
+    bench.run(config["params"], tune.report)
 
 
 @contextlib.contextmanager

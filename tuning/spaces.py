@@ -1,10 +1,10 @@
-"""What each study searches, as plain data: a range per field of the verb that it tunes."""
+"""What each study searches, as plain data: a range or a choice per field of `transfer`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 from training.configs import TransferConfig
 
@@ -23,12 +23,46 @@ class Range:
     log: bool = False
     only: str = ""
     default: float | None = None
-    """The verb's default, where its config says None and leaves it to the weights."""
+    """The verb's default, where its config says None and leaves it to the weights, or is not a number."""
+    when: tuple[str, str] | None = None
+    """Another setting and its value, without which this one means nothing."""
+
+    def suggested(self, name: str, trial: Trial) -> float:
+        return trial.suggest_float(name, self.low, self.high, log=self.log)
+
+    def in_words(self) -> tuple[str, str]:
+        """(what it may be, on which scale)."""
+        return f"{self.low:g} to {self.high:g}", "logarithmic" if self.log else "even"
 
 
-Space = Mapping[str, Range]
+@dataclass(frozen=True)
+class Choice:
+    """One of some values; the first is the default where the verb's own is none of them."""
 
-STUDIES: dict[str, dict[str, Range]] = {
+    values: tuple[str, ...]
+    only: str = ""
+    when: tuple[str, str] | None = None
+
+    def suggested(self, name: str, trial: Trial) -> str:
+        return str(trial.suggest_categorical(name, self.values))
+
+    def in_words(self) -> tuple[str, str]:
+        return ", ".join(self.values), "choice"
+
+
+class Trial(Protocol):
+    """What a space asks of Optuna's."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> Any: ...
+
+
+Setting = Range | Choice
+Space = Mapping[str, Setting]
+Params = dict[str, float | str]
+
+STUDIES: dict[str, dict[str, Setting]] = {
     "transfer": {
         "lr": Range(1e-4, 1e-2, log=True),
         "weight_decay": Range(1e-3, 0.3, log=True),
@@ -38,15 +72,54 @@ STUDIES: dict[str, dict[str, Range]] = {
         "min_crop": Range(0.25, 1.0),
         "jitter": Range(0.0, 0.4),
     },
+    "hierarchical": {
+        "init": Choice(()),
+        "inputs": Choice(()),
+        "structure": Choice(("transferred", "independent", "flat", "joint")),
+        "level_weights": Range(0.1, 10.0, log=True, default=1.0, when=("structure", "joint")),
+        "stack": Choice(("none", "forest", "logistic")),
+        "lr": Range(1e-4, 1e-2, log=True),
+        "weight_decay": Range(1e-3, 0.3, log=True),
+        "label_smoothing": Range(0.0, 0.2),
+    },
 }
+"""A choice without values is of what the search was given; of one value or none it is left out."""
 
 
-def space_for(study: str, *, pretrained_vit: bool) -> dict[str, Range]:
-    """The fields of a study that mean something for these first weights."""
-    return {name: range for name, range in STUDIES[study].items() if pretrained_vit or range.only != PRETRAINED_VIT}
+def space_for(study: str, *, pretrained_vit: bool, given: Mapping[str, tuple[str, ...]] | None = None) -> Space:
+    """The fields of a study that mean something for these first weights, and for what is `given` to choose from."""
+    found: dict[str, Setting] = {}
+    for name, setting in STUDIES[study].items():
+        if isinstance(setting, Choice) and not setting.values:
+            setting = replace(setting, values=(given or {}).get(name, ()))  # noqa: PLW2901
+        known = not isinstance(setting, Choice) or len(setting.values) > 1
+        if known and (pretrained_vit or setting.only != PRETRAINED_VIT):
+            found[name] = setting
+    return found
 
 
-def defaults(space: Space) -> dict[str, float]:
+def suggestion(space: Space, trial: Trial) -> Params:
+    """The settings that Optuna suggests, of each that means something beside those before it."""
+    found: Params = {}
+    for name, setting in space.items():
+        if _means(setting, found):
+            found[name] = setting.suggested(name, trial)
+    return found
+
+
+def _means(setting: Setting, chosen: Params) -> bool:
+    return setting.when is None or chosen.get(setting.when[0]) == setting.when[1]
+
+
+def defaults(space: Space) -> Params:
     """The values that trial 0 takes: what the verb does when nothing is said."""
     declared: dict[str, Any] = {field.name: field.default for field in fields(TransferConfig)}
-    return {name: float(declared[name] if range.default is None else range.default) for name, range in space.items()}
+    found: Params = {}
+    for name, setting in space.items():
+        if not _means(setting, found):
+            continue
+        if isinstance(setting, Choice):
+            found[name] = declared[name] if declared[name] in setting.values else setting.values[0]
+        else:
+            found[name] = float(declared[name] if setting.default is None else setting.default)
+    return found

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.numpy import load_file, save_file
 
 from cluster import storage
@@ -17,27 +20,31 @@ from cluster.outdir import OutDir
 from cluster.progress import Bar, progress, say
 from cluster.session import cores, session
 from training import metrics
+from training.artifact import features_of
 from training.compare import differences
 from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
-from training.fit import refit_and_judge
+from training.fit import Labels, refit_and_judge
 from training.fitting import wanted_for
 from training.folds import run_folds
 from training.ingest import resolve_data
 from training.lineage import own_images, seen_by
 from training.tasks.finetune import Recipe, recipe_for
+from training.tasks.inputs import inputs_of, joined
 from training.weights import initial_weights
-from tuning.configs import TuneConfig
+from tuning.configs import HIERARCHICAL, TuneConfig
+from tuning.hierarchical import HierarchicalBench, final_fit, search_bench
 from tuning.ledger import Ledger, Record, best_of
 from tuning.report import (
     Judgement,
     draw_history,
+    shown_value,
     verdict,
     write_best,
     write_trials,
     write_tune_report,
 )
-from tuning.search import run_search
+from tuning.search import Bench, run_search
 from tuning.spaces import defaults, space_for
 from tuning.trial import bench_for, split_sides
 
@@ -55,7 +62,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         if out.state == "done":
             return out.summary()
         dataset = resolve_data(config.data, out=config.out)
-        search = _Search(config, dataset, dataset.select(config.where, labelled=True), out)
+        labelled = dataset.select(config.where, labelled=True)
+        search = _Search(config, dataset, Selection(joined(labelled.table, config.inputs, config.input_column)), out)
         started = time.monotonic()
         with session(cpus=cores() + 2, log=out.log) as found:
             device = device_in(config.device, found)
@@ -82,7 +90,8 @@ class _Search:
         self.gpu = device == "cuda"
         self.wanted = wanted_for(self.default, self.dataset, device)
         vit = initial_weights(self.wanted).architecture.patch is not None
-        self.space = space_for(self.config.study, pretrained_vit=vit and self.config.init != "none")
+        pretrained = vit and self.config.init != "none"
+        self.space = space_for(self.config.study, pretrained_vit=pretrained, given=self.config.given)
         self._announce(workers)
         pixels = self.dataset.pixels(self.selection)
         self.records = self._search(pixels, workers)
@@ -99,15 +108,7 @@ class _Search:
 
     def _search(self, pixels: np.ndarray, workers: int) -> list[Record]:
         config = self.config
-        bench = bench_for(
-            self.default,
-            self.wanted,
-            pixels,
-            self.truth,
-            self.sides,
-            classes=len(self.classes),
-            threads=threads_for(workers),
-        )
+        bench = self._bench(pixels, workers)
         ledger = Ledger.open(
             self.out.path, self.space, defaults(self.space), seed=config.seed, subject=f"dataset {self.dataset.version}"
         )
@@ -131,6 +132,30 @@ class _Search:
         finally:
             ledger.close()
 
+    def _bench(self, pixels: np.ndarray, workers: int) -> Bench:
+        if self.config.study != HIERARCHICAL:
+            given: dict[str, Any] = {"classes": len(self.classes), "threads": threads_for(workers)}
+            return bench_for(self.default, self.wanted, pixels, self.truth, self.sides, **given)
+        return search_bench(self.hierarchical, self.sides)
+
+    @cached_property
+    def hierarchical(self) -> HierarchicalBench:
+        """All rows, of which those of the search train and the held-out ones are judged."""
+        config, features = self.config, {}
+        pixels = self.dataset.pixels(self.selection)
+        torch.set_num_threads(cores())
+        for init in config.given["init"]:
+            say(f"features of {len(pixels):,} images under {init}")
+            wanted = wanted_for(replace(self.default, init=init), self.dataset, self.wanted.device)
+            first = initial_weights(wanted)
+            network = first.network.eval().to(wanted.device)
+            with torch.inference_mode():
+                features[init] = features_of(network, first.input, pixels, wanted.device)
+        labels = Labels(self.truth, self.selection.column("label"), self.groups, "group")
+        inputs = inputs_of(self.selection.table, config.inputs, config.input_column)
+        sides = (np.sort(self.sides.search), np.sort(self.sides.held_out))
+        return HierarchicalBench(config, features, labels, inputs, tuple(self.classes), *sides)
+
     def _judge(self, pixels: np.ndarray) -> Judgement:
         """Winner and defaults, fitted on all rows of the search, on the held-out ones."""
         contenders = {0: self.records[0], self.best.number: self.best}
@@ -152,8 +177,8 @@ class _Search:
         return {"value": found["balanced_accuracy"]["difference"], "ci95": found["balanced_accuracy"]["ci95"]}
 
     def _held_out(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Truth [M] of the held-out rows, and what their metrics need besides."""
-        rows = self.sides.held_out
+        """Truth [M] of the held-out rows, or of those that stand for cases, and what their metrics need besides."""
+        rows = self.sides.held_out if self.config.study != HIERARCHICAL else self.hierarchical.standing
         zeros = np.zeros(len(rows), dtype=np.int64)
         groups = [self.groups[r] for r in rows]
         return self.truth[rows], {"group": groups, "fold": zeros, "repeat": zeros, "seed": self.config.seed}
@@ -167,9 +192,12 @@ class _Search:
         if missing:
             say(f"judging on {len(self.sides.held_out):,} held-out images: fits on all groups of the search")
         for record in missing:  # one after the other, so that the result does not depend on the number of workers
-            shared = (self._recipe(record), pixels, self.truth, self.sides.search, self.sides.held_out)
-            each = [(record.outcome.best_epoch,)]
-            (probabilities,) = run_folds(refit_and_judge, shared, each, workers=1, gpu=self.gpu)
+            if self.config.study == HIERARCHICAL:
+                (probabilities,) = run_folds(final_fit, (self.hierarchical, record.params), [()], workers=1, gpu=False)
+            else:
+                shared = (self._recipe(record), pixels, self.truth, self.sides.search, self.sides.held_out)
+                each = [(record.outcome.best_epoch,)]
+                (probabilities,) = run_folds(refit_and_judge, shared, each, workers=1, gpu=self.gpu)
             partial = folder / f".{files[record.number].name}"
             save_file({"probabilities": probabilities}, partial)
             storage.publish_file(partial, files[record.number])
@@ -240,7 +268,7 @@ def _teller(bar: Bar) -> Callable[[Record], None]:
             "failed": f"failed: {record.outcome.reason}",
         }
         value = "" if record.value is None else f"{record.value:.3f}"
-        settings = ", ".join(f"{name} {v:.3g}" for name, v in record.params.items())
+        settings = ", ".join(f"{name} {shown_value(v)}" for name, v in record.params.items())
         say(f"trial {record.number}: {value}{end[record.outcome.state]} ({settings})")
         bar.advance(1)
 

@@ -15,6 +15,7 @@ from training.configs import TransferConfig
 from training.splits import Rows, hold_out
 from training.tasks.finetune import fine_tune, recipe_for
 from training.weights import Wanted
+from tuning.spaces import Params
 
 VALIDATION = 0.25
 """Share of the search's groups that judge its trials."""
@@ -82,6 +83,13 @@ class Bench:
     fit: Rows
     validation: Rows
 
+    @property
+    def epochs(self) -> int:
+        return self.config.epochs
+
+    def run(self, params: Params, report: Report) -> None:
+        run_trial(self, params, report)
+
 
 def bench_for(
     config: TransferConfig,
@@ -99,7 +107,7 @@ def bench_for(
     return Bench(config, wanted, classes, threads, pixels[search], truth[search], fit, validation)
 
 
-def run_trial(bench: Bench, params: dict[str, float], report: Report) -> None:
+def run_trial(bench: Bench, params: Params, report: Report) -> None:
     """Reports `epoch`, `value`, `loss`, `held_loss`, `best_epoch` and `seconds` after every epoch.
 
     `value` is the balanced accuracy on the validation rows after the epoch, of those so far, in which their loss was

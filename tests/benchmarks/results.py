@@ -238,6 +238,20 @@ def double() -> str:
     return double.double()
 
 
+def hierarchy() -> str:
+    """Structures of the class tree on frozen features, see `tests.benchmarks.hierarchy`."""
+    from tests.benchmarks import hierarchy
+
+    return hierarchy.hierarchy()
+
+
+def hierarchy_networks() -> str:
+    """The same with whole networks."""
+    from tests.benchmarks import hierarchy
+
+    return hierarchy.hierarchy_networks()
+
+
 def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -274,7 +288,7 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, svm, retrieval, distances, double):
+    for part in (unlike, svm, retrieval, distances, double, hierarchy, hierarchy_networks):
         if part.__name__ in sys.argv:
             print("\n" + part())
             return 0

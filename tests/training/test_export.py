@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from torch import nn
 
 from cluster.cli import main
 from cluster.errors import RayographError, ResourceError, UsageError
-from training.artifact import ModelCard, load_model, save_model
+from training.artifact import HIERARCHY, ModelCard, load_model, save_model
 from training.configs import ExportConfig
 from training.encoder import Architecture, seed_weights
 from training.export import Probe, export, probe_of
 from training.images import ImagePath, decode
+from training.tasks.chains import Hierarchy
 from training.tasks.frozen import ESTIMATORS, Frozen
+from training.tasks.hierarchy import tree_of
 from training.tasks.label_sets import LABEL_SET_ESTIMATORS, LabelSets
+from training.tasks.learners import SmallNetwork, trunk_of
 from training.tasks.nearness import METRIC, dump_metric, learn_nearness
 from training.tasks.progressive import Progressive
+from training.tasks.structures import Chain, Head
 from training.transform import Input, evaluation_view
 
 pytestmark = pytest.mark.slow
@@ -123,6 +128,35 @@ def test_an_onnx_classifier_gives_our_features_and_probabilities_at_any_batch_si
     proto = onnx.load(str(tmp_path / "out" / "model.onnx"))
     assert {entry.key: entry.value for entry in proto.metadata_props}["classes"].split("\n") == list(NAMES)
     assert exported(run, tmp_path / "out") == summary  # already done
+
+
+@pytest.mark.parametrize(
+    ("kind", "structure"), [("network", "transferred"), ("network", "joint"), ("features", "joint")]
+)
+def test_an_onnx_class_tree_multiplies_the_answers_on_a_path(kind: str, structure: str, tmp_path: Path) -> None:
+    """Modules of random weights, one question without any, and temperatures."""
+    tree, network = tree_of(NAMES), network_of(CONV)
+    widths = [tree.width] if structure == "joint" else [tree.nodes[0].width]
+    build = CONV.build if kind == "network" else partial(SmallNetwork, network.head_hidden_size)
+    modules = tuple(build(width) for width in widths)
+    for place, module in enumerate(modules):
+        seed_weights(module, place)
+    if kind == "network":
+        network.load_state_dict(trunk_of(modules[0].state_dict(), "classifier."))
+    heads = [Head(0, columns.start, 1.5 - at, (0.3, 0.7)) for at, columns in enumerate(tree.columns)]
+    heads = heads if structure == "joint" else [heads[0], Head(-1, 0, 1.0, (0.3, 0.7))]
+    chain = Chain(tree, modules, tuple(heads), (1, 1))
+    content = Hierarchy(NAMES, structure, kind, (chain,)).dumps()
+    described = card(CONV, head="hierarchy", classes=NAMES, temperature=0.8)
+    save_model(tmp_path / "run" / "model", described, network, files=[(HIERARCHY, content)])
+    assert exported(str(tmp_path / "run"), tmp_path / "out")["outputs"] == ["features", "probabilities"]
+    shown = pixels(CONV, 4)
+    model = load_model(tmp_path / "run")
+    for ours, theirs in zip(
+        (model.embed(shown), model.probabilities(shown)), run_onnx(tmp_path / "out", shown), strict=True
+    ):
+        assert np.abs(ours - theirs).max() < 1e-4
+    assert exported(str(tmp_path / "run"), tmp_path / "timm", to="timm")["classes"] == 0
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from training.augment import augmentation_of
 from training.configs import TransferConfig
 from training.encoder import layer_of, seed_weights
 from training.schedule import decays, warmup_cosine
-from training.tasks.objective import Objective, objective_for
+from training.tasks.objective import objective_for
 from training.transform import Augmentation, Input, evaluation_view, sample_draws, training_view
 from training.weights import Initial, Wanted, initial_weights
 
@@ -28,6 +28,16 @@ PRETRAINED_LAYER_DECAY = 0.75
 
 OnEpoch = Callable[[dict[str, float], np.ndarray], None]
 """Told the history's row of an epoch, and the logits [H, K] of the held rows after it, where rows are held."""
+
+
+class Loss(Protocol):
+    """What a network is trained to, of logits [B, K] and the truth of their rows; `Objective` is one."""
+
+    def __call__(self, logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor: ...
+
+    def plain(self) -> Loss:
+        """Without smoothing: what judges."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,21 +94,26 @@ def fine_tune(
     *key: object,
     stop_after: int | None = None,
     on_epoch: OnEpoch | None = None,
+    objective: Loss | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> Outcome:
     """A network trained on rows `train` of `pixels` (uint8 [N, H, W, C]), stopped where rows `held` were judged best.
 
     `truth` is class numbers [N], or label sets bool [N, K]: then each class is learnt by itself.
     The schedule spans `recipe.epochs`, of which `stop_after` are done; with no held rows the last one counts. `key`
     separates the randomness of folds and repeats. What `on_epoch` raises ends the training.
+    `objective` is another loss than that of classes; `start` are weights of the same network to begin with in place of
+    the recipe's, but for those of its classifier.
     """
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(keyed.number("dropout", recipe.seed, *key) % 2**63)
     initial = initial_weights(recipe.wanted)
-    network = with_classifier(initial.network, recipe).to(recipe.device)
+    network = started_from(with_classifier(initial.network, recipe), start).to(recipe.device)
     if initial.architecture.patch is None:
         network = network.to(memory_format=torch.channels_last)  # convolutions train 1.6 times as fast on a CPU
     optimizer = torch.optim.AdamW(layer_groups(network, recipe, initial), lr=recipe.lr)
-    objective = objective_for(truth[train], recipe.classes, recipe.label_smoothing)
+    if objective is None:
+        objective = objective_for(truth[train], recipe.classes, recipe.label_smoothing)
     best, best_loss, best_epoch, history = None, float("inf"), recipe.epochs, []
     for epoch in range(stop_after or recipe.epochs):
         loss = _one_epoch(recipe, network, optimizer, initial.input, objective, pixels, truth, train, epoch, key)
@@ -128,6 +143,18 @@ def with_classifier(network: nn.Module, recipe: Recipe) -> nn.Module:
     return network
 
 
+def started_from(network: nn.Module, weights: Mapping[str, torch.Tensor] | None) -> nn.Module:
+    """The network with these weights in all layers but its classifier, whose own may be of another width."""
+    if weights is not None:
+        head: nn.Module = network.get_classifier()  # type: ignore[operator]
+        prefix = next(name for name, module in network.named_modules() if module is head) + "."
+        trunk = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+        found = network.load_state_dict(trunk, strict=False)
+        if not all(name.startswith(prefix) for name in found.missing_keys) or found.unexpected_keys:
+            raise ValueError("the weights to start from are of another network")
+    return network
+
+
 def layer_groups(network: nn.Module, recipe: Recipe, initial: Initial) -> list[dict[str, Any]]:
     """AdamW groups with learning rates that fall by `layer_decay` per layer below the head (Bao et al. 2022)."""
     decay = recipe.layer_decay
@@ -154,7 +181,7 @@ def _one_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     shown: Input,
-    objective: Objective,
+    objective: Loss,
     pixels: np.ndarray,
     truth: np.ndarray,
     train: np.ndarray,

@@ -1,0 +1,101 @@
+"""Paper 1 on real images: does a child learn better when it starts from its parent? `hierarchy`, `hierarchy_networks`.
+
+Each comparison is of the same folds and images, by a bootstrap over groups (slides, patients).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks.results import CACHE, DATA, run, summary
+from training.compare import differences
+from training.predictions import aligned, read_predictions
+
+STRUCTURES = ("flat", "independent", "transferred", "joint")
+STACKS = ("none", "forest")
+SHARES = ("0.25", "1.0")
+REPEATS = os.environ.get("RAYOGRAPH_HIERARCHY_REPEATS", "3")
+METRICS = ("balanced_accuracy", "kappa", "accuracy", "hierarchical_f1")
+CLAIM = "An et al. 2021: transferred beats flat by 9.7 % (points or relative: not known) on small training sets"
+
+
+def hierarchy() -> str:
+    """Small networks on frozen features: every structure, with and without a meta-learner, and several inputs."""
+    inits = {"SSL": str(CACHE / "cervix-mae"), "ImageNet": "imagenet"}
+    lines = [_head(("weights", "groups", "structure", "stack"))]
+    claims = ["| paper's claim | our data | transferred less flat | |", "|---|---|---|---|"]
+    for label, init in inits.items():
+        for share in SHARES:
+            for stack in STACKS:
+                outs = {}
+                for structure in STRUCTURES:
+                    outs[structure] = _cervix("features", init, label, structure, stack, share)
+                    told = (label, f"{float(share):.0%}", structure, stack)
+                    lines.append(_row(told, outs[structure]))
+                where = f"cervix, {label}, {float(share):.0%} of groups, stack {stack}"
+                claims.append(_claim(where, outs["transferred"], outs["flat"]))
+    return "\n".join([*lines, "", *claims, "", *_retina()])
+
+
+def hierarchy_networks() -> str:
+    """Fine-tuned networks at 25 % of the groups: hours on two cores."""
+    lines = [_head(("weights", "groups", "structure", "stack"))]
+    outs = {}
+    for structure in ("flat", "transferred"):
+        outs[structure] = _cervix("network", "imagenet", "ImageNet", structure, "none", "0.25")
+        lines.append(_row(("ImageNet, fine-tuned", "25%", structure, "none"), outs[structure]))
+    claims = ["", "| paper's claim | our data | transferred less flat | |", "|---|---|---|---|"]
+    return "\n".join([*lines, *claims, _claim("cervix, fine-tuned", outs["transferred"], outs["flat"])])
+
+
+def _cervix(learner: str, init: str, label: str, structure: str, stack: str, share: str) -> Path:
+    out = CACHE / f"cervix-hierarchy-{learner}-{label.lower()}-{structure}-{stack}-{share}-x{REPEATS}"
+    command = ["transfer", "--data", str(CACHE / "cervix"), "--out", str(out), "--init", init, "--turns"]
+    command += ["--task", "hierarchical", "--learner", learner, "--structure", structure, "--stack", stack]
+    command += ["--label-fraction", share, "--repeats", REPEATS]
+    run([*command, *(("--epochs", "8") if learner == "network" else ())])
+    return out
+
+
+def _retina() -> list[str]:
+    data = CACHE / "retina"
+    run(["ingest", str(DATA / "retina/index.csv"), "--out", str(data), "--image-size", "128"])
+    lines = ["Retina, by eye (cases that have an image of the inputs):", "", _head(("inputs", "structure", "stack"))]
+    for structure in ("flat", "transferred"):
+        for inputs, stack in ((("oct",), "none"), (("fundus",), "none"), (("oct", "fundus"), "forest")):
+            out = CACHE / f"retina-hierarchy-{structure}-{'-'.join(inputs)}-x{REPEATS}"
+            command = ["transfer", "--data", str(data), "--out", str(out), "--task", "hierarchical"]
+            command += ["--learner", "features", "--structure", structure, "--stack", stack, "--repeats", REPEATS]
+            run([*command, "--inputs", *inputs, "--input-column", "modality", "--unit", "case"])
+            lines.append(_row((" + ".join(inputs), structure, stack), out))
+    return lines
+
+
+def _head(columns: tuple[str, ...]) -> str:
+    names = [*columns, *METRICS]
+    return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
+
+
+def _row(told: tuple[str, ...], out: Path) -> str:
+    found = [summary(out)["metrics"][name] for name in METRICS]
+    cells = [f"{m['value']:.3f} [{m['ci95'][0]:.2f}, {m['ci95'][1]:.2f}]" for m in found]
+    return f"| {' | '.join([*told, *cells])} |"
+
+
+def _claim(where: str, ours: Path, theirs: Path) -> str:
+    """A line that says whether the claim held: its paired interval excludes 0."""
+    one, other = read_predictions(str(ours)), read_predictions(str(theirs))
+    rows = {
+        "group": one.column("group"),
+        "fold": np.asarray(one.column("fold"), dtype=np.int64),
+        "repeat": np.asarray(one.column("repeat"), dtype=np.int64),
+        "seed": 0,
+    }
+    (found,) = differences(one.truth, one.probabilities, [aligned(one, other)], **rows)
+    change = found["balanced_accuracy"]
+    low, high = change["ci95"]
+    verdict = "held" if low > 0 else "did not hold: the other way" if high < 0 else "did not hold: may be chance"
+    return f"| {CLAIM} | {where} | {change['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict} |"

@@ -1,0 +1,81 @@
+"""Trials of the study of hierarchies: what one reports, and what it cannot see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.fit import Labels
+from training.tasks.inputs import Inputs, one_input
+from tuning.configs import TuneConfig
+from tuning.hierarchical import HierarchicalBench, chosen_inputs, final_fit, search_bench
+from tuning.spaces import defaults, space_for
+from tuning.trial import split_sides
+
+CLASSES = ("healthy", "ill/early", "ill/late")
+CASES = 48
+
+
+def benches(inputs: tuple[str, ...] = ()) -> tuple[HierarchicalBench, HierarchicalBench]:
+    """(that of the trials, that of the last judgement) of 48 cases of two rows, each of another patient."""
+    rng = np.random.default_rng(0)
+    case = np.repeat(np.arange(CASES), 2)
+    truth = case % 3
+    names, groups = [CLASSES[t] for t in truth], [f"p{c}" for c in case]
+    features = (np.eye(6)[truth] * 2 + rng.normal(0, 0.6, (len(truth), 6))).astype(np.float32)
+    sides = split_sides(names, groups, holdout=0.25, seed=0)
+    found = Inputs(inputs, np.arange(len(case)) % 2, case) if inputs else one_input(len(case))
+    config = TuneConfig(data="d", out="o", study="hierarchical", epochs=20, inputs=inputs, inits=("none",))
+    shown = {"imagenet": features, "none": rng.normal(size=features.shape).astype(np.float32)}
+    whole = HierarchicalBench(
+        config, shown, Labels(truth, names, groups, "group"), found, CLASSES, sides.search, sides.held_out
+    )
+    return search_bench(whole, sides), whole
+
+
+def reports(bench: HierarchicalBench, **params: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    given = defaults(space_for("hierarchical", pretrained_vit=False, given=bench.config.given))
+    bench.run(given | params, found.append)
+    return found
+
+
+def test_a_trial_reports_once_and_good_features_beat_noise() -> None:
+    bench, _ = benches()
+    (good,) = reports(bench)
+    assert (good["epoch"], good["value"]) == (20, pytest.approx(1.0, abs=0.1))
+    assert good["held_loss"] > 0 and good["best_epoch"] >= 1
+    (noise,) = reports(bench, init="none")
+    assert noise["value"] < good["value"] - 0.3
+
+
+@pytest.mark.parametrize("changes", [{"structure": "joint", "level_weights": 2.0}, {"stack": "logistic"}, {"lr": 1e-4}])
+def test_every_setting_changes_what_is_learnt(changes: dict[str, Any]) -> None:
+    bench, _ = benches()
+    assert reports(bench, **changes)[0]["held_loss"] != reports(bench)[0]["held_loss"]
+
+
+def test_an_error_is_the_only_report() -> None:
+    bench, _ = benches()
+    (said,) = reports(bench, stack="none", label_smoothing=float("nan"), init="strange")
+    assert "KeyError" in said["failed"] and np.isnan(said["value"])
+
+
+def test_trials_are_given_the_rows_of_the_search_alone() -> None:
+    bench, whole = benches()
+    assert len(bench.labels.truth) == len(whole.train)
+    np.testing.assert_array_equal(bench.features["imagenet"], whole.features["imagenet"][whole.train])
+    assert not {whole.labels.groups[row] for row in whole.judged} & set(bench.labels.groups)
+    assert sorted([*bench.train, *bench.judged]) == list(range(len(whole.train)))
+
+
+def test_all_choices_of_inputs_are_judged_on_the_same_cases() -> None:
+    bench, whole = benches(("oct", "fundus"))
+    assert len(bench.standing) == len(bench.judged) / 2
+    for chosen in ("oct fundus", "fundus"):
+        assert len(final_fit(whole, {"inputs": chosen})) == len(whole.standing)
+    alone = chosen_inputs(bench.inputs, ("fundus",))
+    assert set(alone.of_row[bench.inputs.of_row == 0]) == {-1}
+    assert set(alone.of_row[bench.inputs.of_row == 1]) == {0}
