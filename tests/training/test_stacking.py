@@ -33,9 +33,11 @@ ROWS = 90
 every_meta_learner = pytest.mark.parametrize("name", sorted(META_LEARNERS))
 
 
-def ground(features: np.ndarray, truth: np.ndarray, stack: str = "forest", inputs: Inputs | None = None) -> Ground:
+def ground(
+    features: np.ndarray, truth: np.ndarray, stack: str = "forest", inputs: Inputs | None = None, epochs: int = 8
+) -> Ground:
     labels = Labels(truth, [CLASSES[t] for t in truth], [f"g{row // 3}" for row in range(len(truth))], "group")
-    learner = SmallNetworks(features, 8, 16, 1e-2, 0.05, 0.1, 0)
+    learner = SmallNetworks(features, epochs, 16, 1e-2, 0.05, 0.1, 0)
     found = one_input(len(truth)) if inputs is None else inputs
     return Ground(learner, labels, found, CLASSES, "transferred", "features", (), stack, 0)
 
@@ -134,7 +136,7 @@ def eyes(missing: int = 0) -> tuple[np.ndarray, np.ndarray, Inputs]:
 @pytest.mark.parametrize("stack", ["forest", "logistic"])
 def test_two_inputs_stacked_know_what_each_alone_does_not(stack: str) -> None:
     features, truth, inputs = eyes(missing=2)
-    made = ground(features, truth, stack, inputs)
+    made = ground(features, truth, stack, inputs, epochs=40)
     fold = Fold(0, 0, np.arange(60), np.arange(60, ROWS))
     result = hierarchical_fold(made, fold)
     assert (result.probabilities.argmax(axis=1) == truth[fold.test]).mean() == 1.0

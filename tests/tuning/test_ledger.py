@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import UsageError
 from tuning import ledger
 from tuning.ledger import FILE, Ledger, Outcome, Record, best_of, by_rank
-from tuning.spaces import STUDIES, defaults
+from tuning.spaces import STUDIES, Params, Range, defaults
 
 SPACE = STUDIES["transfer"]
 SUBJECT = "dataset 1"
@@ -25,15 +25,15 @@ def opened(folder: Path, seed: int = 0, subject: str = SUBJECT) -> Ledger:
     return Ledger.open(folder, SPACE, defaults(SPACE), seed=seed, subject=subject)
 
 
-def given(book: Ledger, trials: int) -> tuple[int, dict[str, float]]:
+def given(book: Ledger, trials: int) -> tuple[int, Params]:
     found = book.next(trials)
     assert found is not None
     return found
 
 
-def score(params: dict[str, float]) -> Outcome:
+def score(params: Params) -> Outcome:
     """A fake trial: two epochs, and a value that the parameters alone decide."""
-    value = 1 - abs(params["drop_path"] - 0.2) - abs(params["jitter"] - 0.3)
+    value = 1 - abs(float(params["drop_path"]) - 0.2) - abs(float(params["jitter"]) - 0.3)
     return Outcome("complete", (value / 2, value), held_loss=1 - value, best_epoch=2, seconds=1.0)
 
 
@@ -52,7 +52,9 @@ def test_trial_0_is_the_defaults_and_the_others_lie_in_their_ranges(tmp_path: Pa
     assert first.params == defaults(SPACE)
     for record in others:
         assert set(record.params) == set(SPACE)
-        assert all(SPACE[name].low <= value <= SPACE[name].high for name, value in record.params.items())
+        for name, value in record.params.items():
+            setting = SPACE[name]
+            assert isinstance(setting, Range) and setting.low <= float(value) <= setting.high
         assert record.params != first.params
     assert len({tuple(r.params.values()) for r in others}) == 4
 

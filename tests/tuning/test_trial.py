@@ -11,7 +11,7 @@ from cluster.errors import UsageError
 from training.tasks.finetune import fine_tune, recipe_for
 from training.weights import Wanted
 from tuning.configs import TuneConfig
-from tuning.spaces import STUDIES, defaults
+from tuning.spaces import STUDIES, Range, defaults
 from tuning.trial import Bench, Sides, bench_for, run_trial, split_sides
 
 SIZE = 32
@@ -117,6 +117,7 @@ def test_every_parameter_of_the_space_changes_what_is_trained() -> None:
     shared, _ = bench("test_vit")
     losses = []
     for name, searched in STUDIES["transfer"].items():
+        assert isinstance(searched, Range)
         params = defaults(STUDIES["transfer"]) | {name: searched.low}
         reports: list[dict[str, Any]] = []
         run_trial(shared, params, reports.append)

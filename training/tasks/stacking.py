@@ -58,10 +58,9 @@ class Forest:
         ).fit(evidence, truth)
         trees = [tree.tree_ for tree in forest.estimators_]
         roots = np.cumsum([0, *(tree.node_count for tree in trees[:-1])])
-        pairs = list(zip(trees, roots, strict=True))
         left, right = (
-            np.concatenate([np.where(getattr(tree, side) >= 0, getattr(tree, side) + at, -1) for tree, at in pairs])
-            for side in ("children_left", "children_right")
+            np.concatenate([np.where(own >= 0, own + at, -1) for own, at in zip(sides, roots, strict=True)])
+            for sides in ([tree.children_left for tree in trees], [tree.children_right for tree in trees])
         )
         value = np.zeros((len(left), classes))
         value[:, forest.classes_] = np.concatenate([tree.value[:, 0] for tree in trees])
