@@ -41,8 +41,6 @@ class ModelCard:
     input: Input
     head: str = "none"
     """none (an encoder), network (its own classifier) or estimator (scikit-learn's, on its features)."""
-    features: Features = PLAIN
-    """What `embed` gives, and an estimator judges."""
     classes: tuple[str, ...] = ()
     ordered: bool = False
     """Whether the classes stand in an order of theirs, lowest first."""
@@ -51,6 +49,8 @@ class ModelCard:
     temperature: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    features: Features = PLAIN
+    """What `embed` gives, and an estimator judges."""
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -97,8 +97,8 @@ def field_of(grey: np.ndarray) -> tuple[slice, slice]:
 
 def _intensity(values: np.ndarray) -> np.ndarray:
     """[8]; skewness and excess kurtosis x as x / (1 + |x|), so that a single bright pixel is no outlier."""
-    shares = np.bincount(values >> 3, minlength=LEVELS)
-    shares = shares[shares > 0] / len(values)
+    counts = np.bincount(values >> 3)
+    shares = counts[counts > 0] / len(values)
     mean, spread = values.mean(), values.std()
     scores = (values - mean) / spread if spread else np.zeros(len(values))
     moments = np.asarray([np.mean(scores**3), np.mean(scores**4) - 3 if spread else 0.0])

@@ -153,7 +153,7 @@ def kept(folder: Path, architecture: Architecture, features: Features) -> tuple[
     rows = np.arange(36)
     inner: Inner = [(rows[rows // 4 % 3 != k], rows[rows // 4 % 3 == k]) for k in range(3)]
     head = fit_fused("svm", found, truth, inner, 2, found.shape[1] - len(COLUMNS))
-    card = ModelCard(architecture, ImagePath(40, 40), shown, "estimator", features, ("a", "b"))
+    card = ModelCard(architecture, ImagePath(40, 40), shown, "estimator", ("a", "b"), features=features)
     save_model(folder / "model", card, network, files=[("head.skops", head.dumps())])
     return head, found
 
