@@ -88,14 +88,18 @@ def _row(told: tuple[str, ...], out: Path) -> str:
 def _claim(where: str, ours: Path, theirs: Path) -> str:
     """A line that says whether the claim held: its paired interval excludes 0."""
     one, other = read_predictions(str(ours)), read_predictions(str(theirs))
-    rows = {
-        "group": one.column("group"),
-        "fold": np.asarray(one.column("fold"), dtype=np.int64),
-        "repeat": np.asarray(one.column("repeat"), dtype=np.int64),
-        "seed": 0,
-    }
-    (found,) = differences(one.truth, one.probabilities, [aligned(one, other)], **rows)
+    (found,) = differences(
+        one.truth,
+        one.probabilities,
+        [aligned(one, other)],
+        group=one.column("group"),
+        fold=np.asarray(one.column("fold"), dtype=np.int64),
+        repeat=np.asarray(one.column("repeat"), dtype=np.int64),
+        seed=0,
+    )
     change = found["balanced_accuracy"]
     low, high = change["ci95"]
+    assert low is not None
+    assert high is not None
     verdict = "held" if low > 0 else "did not hold: the other way" if high < 0 else "did not hold: may be chance"
     return f"| {CLAIM} | {where} | {change['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict} |"
