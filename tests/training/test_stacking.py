@@ -139,9 +139,10 @@ def test_two_inputs_stacked_know_what_each_alone_does_not(stack: str) -> None:
     made = ground(features, truth, stack, inputs, epochs=40)
     fold = Fold(0, 0, np.arange(60), np.arange(60, ROWS))
     result = hierarchical_fold(made, fold)
-    assert (result.probabilities.argmax(axis=1) == truth[fold.test]).mean() == 1.0
+    right = (result.probabilities.argmax(axis=1) == truth[fold.test]).mean()
+    assert right >= 0.9
     alone = hierarchical_fold(replace(made, inputs=replace(inputs, names=("oct",)), stack="none"), fold)
-    assert (alone.probabilities.argmax(axis=1) == truth[fold.test]).mean() < 0.9
+    assert (alone.probabilities.argmax(axis=1) == truth[fold.test]).mean() < right - 0.15
     for case in np.unique(inputs.case_of_row[fold.test]):  # one answer for all images of a case
         own = result.probabilities[inputs.case_of_row[fold.test] == case]
         np.testing.assert_array_equal(own, np.tile(own[0], (3, 1)))
