@@ -27,6 +27,9 @@ Weights = Mapping[str, torch.Tensor]
 WIDTH = 64
 """Hidden units on frozen features: our choice."""
 DROPOUT = 0.25
+DECAY = 1000.0
+"""How much stronger than a network's its weight decay is: our choice, after Pap smear cells, where few rows of many
+features would else be learnt by heart (a quarter of the slides: balanced accuracy 0.43 with it, 0.38 without)."""
 SMALL = 0.1
 """How much smaller than Xavier's a classifier's first weights are, as in fine-tuning."""
 
@@ -195,13 +198,13 @@ class SmallNetworks:
 
 
 def small_networks_for(config: TransferConfig, features: np.ndarray) -> SmallNetworks:
-    """The learner on frozen features that a config asks for."""
+    """The learner on frozen features that a config asks for; the config's weight decay is `DECAY` times as strong."""
     return SmallNetworks(
         features,
         config.epochs,
         config.batch_size,
         config.lr,
-        config.weight_decay,
+        config.weight_decay * DECAY,
         config.label_smoothing,
         config.seed,
     )
