@@ -124,6 +124,8 @@ def _chain(
 ) -> Chain:
     tree = tree_for(shell.structure, shell.classes)
     heads = tuple(Head(**one | {"guess": tuple(one["guess"])}) for one in told["heads"])
+    if len(heads) != len(tree.nodes) or not all(-1 <= head.module < len(heads) for head in heads):
+        raise ValueError("other classes")
     modules = []
     for place in range(1 + max(head.module for head in heads)):
         prefix = f"{number}/{place}/"
@@ -131,8 +133,6 @@ def _chain(
         outputs = max(h.first + n.width for h, n in zip(heads, tree.nodes, strict=True) if h.module == place)
         first = number == place == 0
         modules.append(_module(shell.learner, own, outputs, encoder if first else None, build))
-    if len(heads) != len(tree.nodes):
-        raise ValueError("other classes")
     return Chain(tree, tuple(modules), heads, tuple(int(epoch) for epoch in told["epochs"]))
 
 
