@@ -21,11 +21,10 @@ from cluster.session import Resources
 from training.artifact import ModelCard, load_model, save_model
 from training.configs import IngestConfig, SuggestConfig, TransferConfig
 from training.dataset import Dataset
-from training.fitting import wanted_for
 from training.ingest import ingest
 from training.suggest import CROSS_VALIDATION, MODEL, NEIGHBOURS, held_out, sort_out, suggest
 from training.transfer import transfer
-from training.weights import initial_weights
+from training.weights import initial_weights, wanted_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,6 +14,8 @@ from cluster.settings import Config
 Task = Literal["finetune", "linear", "knn", "svm", "hierarchical", "metric"]
 FROZEN = ("linear", "knn", "svm")
 """Tasks that judge features of the first weights, which stay as they are."""
+TRAINED = ("finetune", "metric")
+"""Tasks that train the network itself, whole and as one."""
 MetricLoss = Literal["centre_contrastive", "centre_ranking", "proxy_anchor", "triplet"]
 CentreUpdate = Literal["rule", "means", "learnt"]
 Split = Literal["group", "image", "site", "holdout"]
@@ -323,16 +325,14 @@ class TransferConfig(Config):
         self._check_hierarchy()
         _refuse_beside_modality(self)
 
+    def _only_of(self, task: Task, *names: str) -> None:
+        """Fields that other tasks do not read are as they were declared."""
+        for field in fields(self):
+            given = field.name in names and getattr(self, field.name) != field.default
+            self._require(field.name, self.task == task or not given, f"needs --task {task}")
+
     def _check_metric(self) -> None:
-        for field, default in (
-            ("loss", "centre_contrastive"),
-            ("embedding", 128),
-            ("margin", None),
-            ("centres", None),
-            ("steps", 1),
-        ):
-            given = getattr(self, field) != default
-            self._require(field, self.task == "metric" or not given, "belongs to --task metric")
+        self._only_of("metric", "loss", "embedding", "margin", "centres", "steps")
         self._require("embedding", 2 <= self.embedding <= 4096, "must lie between 2 and 4096")
         self._require("margin", self.margin is None or self.margin > 0, "must be positive")
         self._require("steps", 1 <= self.steps <= 3, "must be 1, 2 or 3")
@@ -340,10 +340,7 @@ class TransferConfig(Config):
         self._require("centres", own, f"{self.loss} has none to move: --loss centre_contrastive or centre_ranking")
 
     def _check_hierarchy(self) -> None:
-        plain: dict[str, object] = {field.name: field.default for field in fields(self)}
-        for name in ("structure", "learner", "level_weights", "stack", "inputs", "input_column"):
-            given = getattr(self, name) != plain[name]
-            self._require(name, not given or self.task == "hierarchical", "needs --task hierarchical")
+        self._only_of("hierarchical", "structure", "learner", "level_weights", "stack", "inputs", "input_column")
         hierarchical = self.task == "hierarchical"
         self._require("multi_label", not (hierarchical and self.multi_label), "--task hierarchical judges one class")
         self._require("level_weights", not self.level_weights or self.structure == "joint", "needs --structure joint")

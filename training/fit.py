@@ -164,7 +164,7 @@ def _inner(labels: Labels, rows: np.ndarray, seed: int) -> Inner:
 
 def metric_fold(recipe: MetricRecipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:
     """As `finetune_fold`, of an embedding whose class means judge; `more` holds what the test rows retrieve, see
-    `training.learnt.names_of`: neighbours are looked for among all rows of the fit, or among its test rows alone."""
+    `training.learnt.name_of`: neighbours are looked for among all rows of the fit, or among its test rows alone."""
     names, groups = labels.take(fold.train)
     own = groups if labels.split != "image" else [str(r) for r in fold.train]
     train, held = hold_out(names, own, fraction=HELD_FRACTION, seed=recipe.base.seed + fold.repeat)

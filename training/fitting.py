@@ -45,10 +45,8 @@ from training.tasks.learners import Learner, Networks, small_networks_for
 from training.tasks.metric import metric_recipe
 from training.tasks.nearness import METRIC
 from training.tasks.structures import tree_for
-from training.weights import Wanted, initial_weights, located
+from training.weights import initial_weights, wanted_for
 
-TRAINED = frozenset({"finetune", "metric"})
-"""Tasks that train the network itself."""
 RADIOMIC_IMAGES = 128
 """Images whose radiomics one task measures."""
 
@@ -213,22 +211,6 @@ class Fitting:
     @property
     def image_ids(self) -> list[str]:
         return self.selection.column("image_id")
-
-
-def wanted_for(config: TransferConfig, dataset: Dataset, device: str) -> Wanted:
-    """The first weights that a transfer of this dataset starts from."""
-    return Wanted(
-        init=located(config.init),
-        preset=config.preset,
-        model=config.model,
-        image_size=config.image_size,
-        seed=config.seed,
-        device=device,
-        channels=dataset.channels,
-        mean=tuple(dataset.info["mean"]),
-        std=tuple(dataset.info["std"]),
-        extra=(("drop_path_rate", config.drop_path),) if config.task in TRAINED else (),
-    )
 
 
 def finetune(fitting: Fitting) -> Trained:

@@ -36,7 +36,7 @@ from training.probe import SCALARS
 from training.probing import Probing
 from training.receipt import Verdict
 from training.transform import evaluation_view
-from training.weights import Wanted, located
+from training.weights import located, wanted_for
 
 LAZY = ("checkpoints", "receipt", f"{METRICS}.parts")
 """What of an --out in an object store is not copied here when it is taken up again."""
@@ -125,17 +125,7 @@ def _refuse_early(config: PretrainConfig) -> None:
 
 def _job(config: PretrainConfig, out: str, dataset: Dataset, selection: Selection, device: str, tasks: int) -> Job:
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
-    wanted = Wanted(
-        init=located(config.init),
-        preset=config.preset,
-        model=config.model,
-        image_size=config.image_size,
-        seed=config.seed,
-        device=device,
-        channels=dataset.channels,
-        mean=tuple(dataset.info["mean"]),
-        std=tuple(dataset.info["std"]),
-    )
+    wanted = wanted_for(config, dataset, device)
     teacher = replace(wanted, init=located(config.teacher), image_size="auto")
     return Job(
         config=config,

@@ -18,12 +18,12 @@ from training import domain, report
 from training.artifact import ModelCard, model_folder, save_model
 from training.attention import Looker, looker_of
 from training.budgets import budget_section
-from training.configs import TransferConfig
+from training.configs import TRAINED, TransferConfig
 from training.dataset import Dataset, Selection
 from training.device import count_workers, device_in
 from training.findings import Found, first_neighbours, learnt_neighbours, neighbours_of, overlap_with, statistics_of
 from training.fit import FoldResult, attention_fold, refit_attention
-from training.fitting import TRAINED, Fitting, Trained
+from training.fitting import Fitting, Trained
 from training.hits import write_hits
 from training.images import to_channels
 from training.ingest import resolve_data

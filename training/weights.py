@@ -19,7 +19,8 @@ from torch import nn
 from cluster import storage
 from cluster.errors import UsageError
 from training.artifact import load_model, located_model
-from training.configs import parse_size
+from training.configs import TRAINED, PretrainConfig, TransferConfig, parse_size
+from training.dataset import Dataset
 from training.encoder import Architecture, architecture_for, check_divides, check_model, seed_weights
 from training.nearby import nearby
 from training.transform import Input
@@ -55,6 +56,25 @@ class Wanted:
     """Channels, mean and standard deviation of the data."""
     extra: tuple[tuple[str, Any], ...] = ()
     """Further arguments of the timm constructor, such as drop_path_rate."""
+
+
+def wanted_for(config: PretrainConfig | TransferConfig, dataset: Dataset, device: str) -> Wanted:
+    """The first weights that a run of this config on this dataset starts from."""
+    extra: tuple[tuple[str, Any], ...] = ()
+    if isinstance(config, TransferConfig) and config.task in TRAINED:
+        extra = (("drop_path_rate", config.drop_path),)
+    return Wanted(
+        init=located(config.init),
+        preset=config.preset,
+        model=config.model,
+        image_size=config.image_size,
+        seed=config.seed,
+        device=device,
+        channels=dataset.channels,
+        mean=tuple(dataset.info["mean"]),
+        std=tuple(dataset.info["std"]),
+        extra=extra,
+    )
 
 
 def located(init: str) -> str:

@@ -25,13 +25,12 @@ from training.compare import differences
 from training.dataset import Dataset, Selection, leaves
 from training.device import count_workers, device_in, threads_for
 from training.fit import Labels, refit_and_judge
-from training.fitting import wanted_for
 from training.folds import run_folds
 from training.ingest import resolve_data
 from training.lineage import own_images, seen_by
 from training.tasks.finetune import Recipe, recipe_for
 from training.tasks.inputs import inputs_of, joined
-from training.weights import initial_weights
+from training.weights import initial_weights, wanted_for
 from tuning.configs import HIERARCHICAL, TuneConfig
 from tuning.hierarchical import HierarchicalBench, final_fit, search_bench
 from tuning.ledger import Ledger, Record, best_of

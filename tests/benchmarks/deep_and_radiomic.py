@@ -90,14 +90,14 @@ def _table(title: str, folders: dict[str, Path], against: dict[str, Any]) -> str
 
 
 def _claims(title: str, against: dict[str, Any], alone: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """A row per claim. Better means that the paired interval excludes 0 and Holm's p is below 0.05."""
+    """A row per claim. Better means that Holm's p is below 0.05; that no difference is shown proves no equality."""
     tests = [against[names[arm]]["delong"] for arm in ("deep", "radiomic")]
     better = [test["difference"] > 0 and test["p_holm"] < 0.05 for test in tests]
     gains = ", ".join(f"{test['difference']:+.3f} (p {test['p_holm']:.3f})" for test in tests)
-    level = alone["p"] >= 0.05
+    level = "not told apart" if alone["p"] >= 0.05 else "did not hold"
     differs = f"deep − radiomic {_interval(alone['difference'], alone['ci95'])}, p {alone['p']:.3f}"
     return [
-        f"| deep and radiomic features are level (AUC 0.81 each) | {title}: {differs} | {_held(level)} |",
+        f"| deep and radiomic features are level (AUC 0.81 each) | {title}: {differs} | {level} |",
         f"| their fusion beats either alone (0.86) | {title}: over deep, radiomic {gains} | {_held(all(better))} |",
     ]
 

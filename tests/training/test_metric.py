@@ -302,8 +302,8 @@ def test_a_head_of_other_classes_or_a_damaged_one_is_refused_in_one_line() -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "finetune", "loss": "triplet"}, "--loss triplet: belongs to --task metric"),
-        ({"task": "svm", "steps": 2}, "--steps 2: belongs to --task metric"),
+        ({"task": "finetune", "loss": "triplet"}, "--loss triplet: needs --task metric"),
+        ({"task": "svm", "steps": 2}, "--steps 2: needs --task metric"),
         ({"task": "metric", "steps": 4}, "--steps 4: must be 1, 2 or 3"),
         ({"task": "metric", "embedding": 1}, "--embedding 1: must lie between 2 and 4096"),
         ({"task": "metric", "margin": 0.0}, "--margin 0.0: must be positive"),

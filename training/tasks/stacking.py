@@ -86,6 +86,8 @@ class Forest:
         for side in (self.left, self.right):
             if len(side) != len(self.value) or (side[inner] <= inner).any() or (side[inner] >= len(side)).any():
                 raise ValueError("a forest whose nodes lead nowhere")
+        if (self.roots < 0).any() or (self.roots >= len(self.left)).any() or (self.feature < 0).any():
+            raise ValueError("a forest without roots")
         return self
 
 

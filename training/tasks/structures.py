@@ -99,27 +99,33 @@ def fit_chain(
         epochs: of each node, after which its module ends where none are held; the learner's own where None or 0.
     """
     tree = tree_for(structure, classes)
-    fit = _all_at_once if structure == "joint" else _one_by_one
-    return fit(structure, learner, tree, truth, train, held, key, level_weights, epochs or [0] * len(tree.nodes))
+    asked = _Asked(learner, tree, truth, train, held, key, epochs or [0] * len(tree.nodes))
+    if structure == "joint":
+        return _all_at_once(asked, level_weights)
+    return _one_by_one(asked, from_parents=structure == "transferred")
 
 
-def _all_at_once(
-    structure: str,
-    learner: Learner,
-    tree: Tree,
-    truth: np.ndarray,
-    train: np.ndarray,
-    held: np.ndarray,
-    key: tuple[object, ...],
-    level_weights: Sequence[float],
-    epochs: Sequence[int],
-) -> Chain:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What is to be fitted, as in `fit_chain`; `epochs` are those of each node, 0 where the learner decides."""
+
+    learner: Learner
+    tree: Tree
+    truth: np.ndarray
+    train: np.ndarray
+    held: np.ndarray
+    key: tuple[object, ...]
+    epochs: Sequence[int]
+
+
+def _all_at_once(asked: _Asked, level_weights: Sequence[float]) -> Chain:
+    learner, tree, truth, train, held = asked.learner, asked.tree, asked.truth, asked.train, asked.held
     if len(np.unique(truth[train])) < 2:
         heads = [Head(-1, 0, 1.0, _guess(node, truth[train])) for node in tree.nodes]
         return Chain(tree, (), tuple(heads), (0,) * len(heads))
     objective = joint_objective(tree, truth[train], level_weights, learner.smoothing)
-    stop_after = max(epochs) or None
-    answer = learner.fit(Question(tree.width, objective, truth, train, held, key, stop_after=stop_after))
+    stop_after = max(asked.epochs) or None
+    answer = learner.fit(Question(tree.width, objective, truth, train, held, asked.key, stop_after=stop_after))
     logits = learner.logits(answer.module, held)
     heads = []
     for node, columns in zip(tree.nodes, tree.columns, strict=True):
@@ -129,17 +135,8 @@ def _all_at_once(
     return Chain(tree, (answer.module,), tuple(heads), tuple(answer.best_epoch for _ in tree.nodes))
 
 
-def _one_by_one(
-    structure: str,
-    learner: Learner,
-    tree: Tree,
-    truth: np.ndarray,
-    train: np.ndarray,
-    held: np.ndarray,
-    key: tuple[object, ...],
-    level_weights: Sequence[float],
-    epochs: Sequence[int],
-) -> Chain:
+def _one_by_one(asked: _Asked, *, from_parents: bool) -> Chain:
+    learner, tree, truth, train, held = asked.learner, asked.tree, asked.truth, asked.train, asked.held
     found: dict[int, Answer] = {}
     heads = []
     for number, node in enumerate(tree.nodes):
@@ -149,10 +146,10 @@ def _one_by_one(
         if len(np.unique(answers[shown])) < 2:
             heads.append(Head(-1, 0, 1.0, own_guess))
             continue
-        start = _weights_above(tree, number, found) if structure == "transferred" else None
+        start = _weights_above(tree, number, found) if from_parents else None
         objective = objective_for(answers[shown], node.width, learner.smoothing)
-        more: Any = {"start": start, "stop_after": epochs[number] or None}
-        place = (*key, number) if number else key  # the first question is fitted as `finetune` would fit it
+        more: Any = {"start": start, "stop_after": asked.epochs[number] or None}
+        place = (*asked.key, number) if number else asked.key  # the first question is fitted as `finetune` would fit it
         found[number] = learner.fit(Question(node.width, objective, answers, shown, judged, place, **more))
         temperature = node_temperature(learner.logits(found[number].module, judged), answers[judged])
         heads.append(Head(len(found) - 1, 0, temperature, own_guess))
