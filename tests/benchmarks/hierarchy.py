@@ -8,11 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
+from tests.benchmarks.paired import gain, interval, told, verdict
 from tests.benchmarks.results import CACHE, DATA, run, summary
-from training.compare import differences
-from training.predictions import aligned, read_predictions
 
 STRUCTURES = ("flat", "independent", "transferred", "joint")
 STACKS = ("none", "forest")
@@ -33,8 +30,8 @@ def hierarchy() -> str:
                 outs = {}
                 for structure in STRUCTURES:
                     outs[structure] = _cervix("features", init, label, structure, stack, share)
-                    told = (label, f"{float(share):.0%}", structure, stack)
-                    lines.append(_row(told, outs[structure]))
+                    titles = (label, f"{float(share):.0%}", structure, stack)
+                    lines.append(_row(titles, outs[structure]))
                 where = f"cervix, {label}, {float(share):.0%} of groups, stack {stack}"
                 claims.append(_claim(where, outs["transferred"], outs["flat"]))
     return "\n".join([*lines, "", *claims, "", *_retina()])
@@ -79,27 +76,12 @@ def _head(columns: tuple[str, ...]) -> str:
     return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
 
 
-def _row(told: tuple[str, ...], out: Path) -> str:
+def _row(titles: tuple[str, ...], out: Path) -> str:
     found = [summary(out)["metrics"][name] for name in METRICS]
-    cells = [f"{m['value']:.3f} [{m['ci95'][0]:.2f}, {m['ci95'][1]:.2f}]" for m in found]
-    return f"| {' | '.join([*told, *cells])} |"
+    return f"| {' | '.join([*titles, *(interval(m['value'], m['ci95']) for m in found)])} |"
 
 
 def _claim(where: str, ours: Path, theirs: Path) -> str:
     """A line that says whether the claim held: its paired interval excludes 0."""
-    one, other = read_predictions(str(ours)), read_predictions(str(theirs))
-    (found,) = differences(
-        one.truth,
-        one.probabilities,
-        [aligned(one, other)],
-        group=one.column("group"),
-        fold=np.asarray(one.column("fold"), dtype=np.int64),
-        repeat=np.asarray(one.column("repeat"), dtype=np.int64),
-        seed=0,
-    )
-    change = found["balanced_accuracy"]
-    low, high = change["ci95"]
-    assert low is not None
-    assert high is not None
-    verdict = "held" if low > 0 else "did not hold: the other way" if high < 0 else "did not hold: may be chance"
-    return f"| {CLAIM} | {where} | {change['difference']:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict} |"
+    found = gain(ours, theirs)
+    return f"| {CLAIM} | {where} | {told(found)} | {verdict(found)} |"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.losses import other_losses
+from tests.benchmarks.paired import interval, told, verdict
 from training.artifact import features_of
 from training.bootstrap import Metric
 from training.compare import Difference
@@ -91,9 +92,9 @@ def _table(chosen: list[Arm]) -> list[str]:
     lines = ["| embedding | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for arm in chosen:
         found = _metrics(arm)
-        cells = [f"{found[n]['value']:.3f} [{found[n]['ci95'][0]:.2f}, {found[n]['ci95'][1]:.2f}]" for n in NAMES]
+        cells = [interval(found[n]["value"] or 0.0, found[n]["ci95"]) for n in NAMES]
         difference = _difference(arm, chosen[0])
-        lines.append(f"| {arm.name} | " + " | ".join(cells) + f" | {_shown(difference) if difference else ''} |")
+        lines.append(f"| {arm.name} | " + " | ".join(cells) + f" | {told(difference) if difference else ''} |")
     chance = json.loads((chosen[0].folder / "summary.json").read_text())["metrics"]
     return [*lines, "| *by chance* | " + " | ".join(f"{chance[n]['chance']:.3f}" for n in NAMES) + " | |"]
 
@@ -127,21 +128,8 @@ def _claims(chosen: list[Arm]) -> list[str]:
     for claim, ours, theirs in asked:
         found = _difference(ours, theirs)
         assert found is not None
-        lines.append(f"| {claim} | {ours.name} less {theirs.name}: {_shown(found)} | {_verdict(found)} |")
+        lines.append(f"| {claim} | {ours.name} less {theirs.name}: {told(found)} | {verdict(found)} |")
     return lines
-
-
-def _shown(found: Difference) -> str:
-    low, high = found["ci95"]
-    interval = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{found['difference'] or 0:+.3f}{interval}"
-
-
-def _verdict(found: Difference) -> str:
-    low, high = found["ci95"]
-    if low is not None and low > 0:
-        return "held"
-    return "did not hold" if high is not None and high < 0 else "not shown: the interval holds 0"
 
 
 # Distances

@@ -238,6 +238,13 @@ def double() -> str:
     return double.double()
 
 
+def pretext() -> str:
+    """Methods of pretraining at equal training time, see `tests.benchmarks.pretext`."""
+    from tests.benchmarks import pretext
+
+    return pretext.pretext()
+
+
 def hierarchy() -> str:
     """Structures of the class tree on frozen features, see `tests.benchmarks.hierarchy`."""
     from tests.benchmarks import hierarchy
@@ -288,7 +295,7 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, svm, retrieval, distances, double, hierarchy, hierarchy_networks):
+    for part in (unlike, svm, retrieval, distances, double, pretext, hierarchy, hierarchy_networks):
         if part.__name__ in sys.argv:
             print("\n" + part())
             return 0
