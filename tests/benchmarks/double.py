@@ -45,7 +45,7 @@ class Effort:
 
     folder: str = "double"
     pretext: int = 40
-    middle: int = 12
+    middle: int = 6
     repeats: int = 3
     folds: int = 3
     budgets: dict[str, int] = field(default_factory=lambda: {"0.1": 30, "1.0": 8})
