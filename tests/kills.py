@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster import storage
 from tests.runs import Process, losses_of, rows_of, steps_of, wait_until
 from training import receipt
 from training.configs import PretrainConfig
@@ -123,13 +124,15 @@ def _soon(when: Callable[[], bool], what: str) -> None:
         assert time.monotonic() - began < NEXT_STEP_S, f"still not: {what}"
 
 
-def as_planned(config: PretrainConfig, files: Path) -> receipt.Verdict:
+def as_planned(config: PretrainConfig, notes: Path) -> receipt.Verdict:
     """Oracle 1: where the losses were computed, each image was there once per epoch, in the planned order."""
     dataset = Dataset.open(config.data)
     selection = dataset.select(config.where)
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
-    notes = receipt.load(files.glob("receipt-*.bin"))
-    verdict = receipt.check(notes, plan, selection, receipt.hashes_of(dataset, selection), config.epochs)
+    run = storage.read_bytes(storage.join(config.out, receipt.RUN_ID)).decode()
+    verdict = receipt.check(
+        receipt.load(notes, run), plan, selection, receipt.hashes_of(dataset, selection), config.epochs
+    )
     assert verdict.proven, verdict.sentence
     return verdict
 
