@@ -16,7 +16,7 @@ import pytest
 
 from tests import kills
 from tests.kills import CONTROLLER, DESK, RANK, READER, Killer, writing
-from tests.runs import Pretrained, flags, pretrain_config, rayograph, rows_of, under_way
+from tests.runs import Pretrained, flags, pretrain_config, rayograph, rows_of, steps_of, under_way
 from training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -29,6 +29,7 @@ def test_every_part_of_a_run_is_killed_in_turn_and_nothing_of_it_is_lost(
     config = pretrain_config(
         Path(pretrained.config.data), tmp_path / "run", watchdog_s=6.0, receipt=str(notes), probe=False
     )
+    began = time.monotonic()
     with rayograph(*flags(config), "--watchdog-s", "6", "--receipt", str(notes), "--no-probe") as process:
         killer = Killer(config, process)
         killer.after(8)
@@ -41,7 +42,8 @@ def test_every_part_of_a_run_is_killed_in_turn_and_nothing_of_it_is_lost(
         assert process.wait() == 0, process.said()
         said = process.said()
     with capsys.disabled():
-        print("\n" + kills.report(killer.kills))
+        spent = kills.useful_s(config.out), time.monotonic() - began
+        print("\n" + kills.report(killer.kills, len(steps_of(config.out)), *spent))
     assert re.search("rank [01] hangs and is replaced", said), said
     assert "Traceback" not in said and "A worker died" not in said
     kills.same_curve(config, pretrained.run)
@@ -110,7 +112,7 @@ def test_a_hundred_kills_at_random_moments_leave_every_curve_as_it_was(
     """As many runs as it takes. `KILLS` and `SEED` of the environment change the number and the moments."""
     wanted, chooser = int(os.environ.get("KILLS", "100")), random.Random(int(os.environ.get("SEED", "0")))
     done: list[kills.Kill] = []
-    run = 0
+    run, last, useful = 0, pretrained.summary["steps"], 0.0
     began = time.monotonic()
     while len(done) < wanted:
         run += 1
@@ -120,13 +122,14 @@ def test_a_hundred_kills_at_random_moments_leave_every_curve_as_it_was(
         while not (out / "summary.json").exists():
             with rayograph(*arguments) as process:
                 killer = Killer(config, process, done)
-                _kill_until_the_end(killer, chooser, pretrained.config.epochs * 7, wanted)
+                _kill_until_the_end(killer, chooser, last, wanted)
                 assert process.wait() in (0, -signal.SIGKILL, 75), process.said()
                 assert "Traceback" not in process.said()
         kills.same_curve(config, pretrained.run)
         kills.as_planned(config, notes)
+        useful += kills.useful_s(out)
         with capsys.disabled():
-            print(f"\nrun {run}, {time.monotonic() - began:.0f} s: {kills.report(done)}")
+            print(f"\nrun {run}: {kills.report(done, last, useful, time.monotonic() - began)}")
 
 
 def _kill_until_the_end(killer: Killer, chooser: random.Random, last: int, wanted: int) -> None:
