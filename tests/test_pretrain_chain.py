@@ -23,6 +23,7 @@ from tests.runs import (
     steps_of,
     under_way,
 )
+from tests.training.test_report import Page
 from training import feed
 from training.dataset import Dataset
 from training.feed import Batch, Feed, Source
@@ -150,11 +151,25 @@ def test_a_run_leaves_a_row_per_step_and_the_summary_that_scripts_read(pretraine
     assert summary["final_loss"] < steps[0]["loss"]
     for name in ("config.yaml", "summary.json", "run.log", "model/model.json", "model/model.safetensors"):
         assert (pretrained.run / name).is_file(), name
-    for name in ("loss.png", "reconstructions.png"):
+    for name in ("loss.png", "reconstructions.png", "probes.png"):
         assert (pretrained.run / "figures" / name).read_bytes().startswith(b"\x89PNG")
     assert list((pretrained.run / "tensorboard").glob("events.*"))
     assert len(list((pretrained.run / "checkpoints").glob("step-*"))) <= pretrained.config.keep
     assert not list(pretrained.run.rglob("*.pkl")) + list(pretrained.run.rglob("*.pt"))
+
+
+def test_the_report_and_the_summary_say_what_the_encoder_can_tell_apart_and_how_it_waited(
+    pretrained: Pretrained,
+) -> None:
+    probed = [row for row in rows_of(pretrained.run) if "probed_step" in row][-1]
+    assert probed["probed_step"] == pretrained.summary["steps"]
+    words = Page((pretrained.run / "report.html").read_text(encoding="utf-8")).words
+    for name in ("knn_balanced_accuracy", "linear_balanced_accuracy", "chance"):
+        assert 0 < probed[name] <= 1 and pretrained.summary[name] == probed[name]
+        assert f"{probed[name]:.3f}" in words
+    share = pretrained.summary["data_wait_share"]
+    assert 0 < share < 1 and f"share of it waiting for data {share:.1%}" in " ".join(words.split())
+    assert "Images of the training data: the original, what the network was shown" in words
 
 
 def test_the_learning_rate_rises_then_falls_and_belongs_to_the_global_batch(pretrained: Pretrained) -> None:
