@@ -8,11 +8,13 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import kills
 from tests.runs import (
     Pretrained,
     flags,
@@ -24,7 +26,8 @@ from tests.runs import (
     under_way,
 )
 from tests.training.test_report import Page
-from training import feed
+from training import checkpoint, feed
+from training.configs import PretrainConfig
 from training.dataset import Dataset
 from training.feed import Batch, Feed, Source
 from training.plan import Plan
@@ -216,14 +219,35 @@ def test_more_epochs_take_a_finished_run_further(pretrained: Pretrained, tmp_pat
     assert len(losses) == more * STEPS
 
 
+def damaged(config: PretrainConfig, how: Callable[[bytes], bytes]) -> str:
+    """The state in the newest checkpoint is what `how` makes of it; what is to be said of it."""
+    folder = Path(config.out) / "checkpoints"
+    name = checkpoint.names(folder)[0]
+    state = folder / name / checkpoint.STATE
+    state.write_bytes(how(state.read_bytes()))
+    return f"{name} is damaged (the sha256 of state.safetensors differs from its manifest); falling back"
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def one_bit_flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.slow
 def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
-    pretrained: Pretrained, tmp_path: Path
+    pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
+    """Twice its newest checkpoint is damaged meanwhile; what the ranks noted is of one run."""
+    notes, complaint = tmp_path / "notes", ""
+    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run", receipt=str(notes))
     for way, code, steps in ((signal.SIGTERM, 75, 20), (signal.SIGINT, 130, 60), (signal.SIGKILL, -9, 100)):
-        with rayograph(*flags(config)) as process:
+        with rayograph(*flags(config), "--receipt", str(notes)) as process:
             process.until(functools.partial(under_way, config.out, steps), f"{steps} steps are done")
+            assert complaint in process.said()
             assert len(process.family()) > 3  # Ray's own and the workers: what is looked for below can be seen
             if way == signal.SIGKILL:
                 process.kill_group()
@@ -237,8 +261,14 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
         # workers notice the loss of their driver a moment after kill -9, and may be at the end by then
         assert steps <= done and (done < whole or way == signal.SIGKILL), "it was stopped midway"
         assert not (Path(config.out) / "summary.json").exists()
+        if way == signal.SIGINT:
+            complaint = damaged(config, half)
+    complaint = damaged(config, one_bit_flipped)
     summary = pretrain(config)
+    assert complaint in capsys.readouterr().err
     assert losses_of(config.out) == losses_of(pretrained.run)
+    kills.as_planned(config, notes)
+    assert summary["receipt"]["sentence"].startswith("Proven")
     assert summary["samples_seen"] == pretrained.summary["samples_seen"]
     starts = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
     assert len(starts) == 4
