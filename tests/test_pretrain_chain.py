@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from tests import kills
 from tests.runs import (
@@ -30,6 +31,7 @@ from training import checkpoint, feed
 from training.configs import PretrainConfig
 from training.dataset import Dataset
 from training.feed import Batch, Feed, Source
+from training.launch import aside
 from training.plan import Plan
 from training.pretrain import pretrain
 
@@ -241,7 +243,7 @@ def one_bit_flipped(content: bytes) -> bytes:
 def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
     pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Twice its newest checkpoint is damaged meanwhile; what the ranks noted is of one run."""
+    """Twice its newest checkpoint is damaged meanwhile, once Ray's snapshot. What the ranks noted is of one run."""
     notes, complaint = tmp_path / "notes", ""
     config = pretrain_config(Path(pretrained.config.data), tmp_path / "run", receipt=str(notes))
     for way, code, steps in ((signal.SIGTERM, 75, 20), (signal.SIGINT, 130, 60), (signal.SIGKILL, -9, 100)):
@@ -264,6 +266,10 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
         if way == signal.SIGINT:
             complaint = damaged(config, half)
     complaint = damaged(config, one_bit_flipped)
+    states_of_ray = list(aside(Path(config.out)).iterdir())
+    assert states_of_ray, "Ray Train keeps its own state of the run there"
+    for folder in states_of_ray:
+        (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text('{"ray_version": "2.60.0", "checkpoint_resu')
     summary = pretrain(config)
     assert complaint in capsys.readouterr().err
     assert losses_of(config.out) == losses_of(pretrained.run)
