@@ -18,6 +18,7 @@ from tests import kills
 from tests.kills import CONTROLLER, DESK, RANK, READER, Killer, writing
 from tests.runs import Pretrained, flags, pretrain_config, rayograph, rows_of, steps_of, under_way
 from training import checkpoint
+from training.dataset import Dataset
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +92,11 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_images(pha
     with rayograph(*flags(config), "--no-probe", "--lr", "1e30") as process:
         assert process.wait() == 1, process.said()
         last = process.said().splitlines()[-1]
-    assert re.search(r"the loss is (nan|inf) at step \d+ of epoch 1: not finite (of images [0-9a-f]+|somewhere)", last)
+    found = re.search(
+        r"the loss is (nan|inf) at step \d+ of epoch 1: not finite of images ([0-9a-f]+(?:, [0-9a-f]+)*)", last
+    )
+    assert found, last
+    assert set(found[2].split(", ")) <= set(Dataset.open(phantoms).select().column("image_id"))
     assert "lower --lr" in last
 
 
