@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster import storage
 from tests.runs import Process, losses_of, rows_of, steps_of, wait_until
 from training import receipt
 from training.configs import PretrainConfig
@@ -26,6 +28,7 @@ RANK, CONTROLLER, DESK, READER = (
     "ray::MapBatches(ReadItems)",
 )
 NEXT_STEP_S = 120
+FIFTHS = 5
 
 
 def processes(process: Process, title: str) -> list[int]:
@@ -123,13 +126,15 @@ def _soon(when: Callable[[], bool], what: str) -> None:
         assert time.monotonic() - began < NEXT_STEP_S, f"still not: {what}"
 
 
-def as_planned(config: PretrainConfig, files: Path) -> receipt.Verdict:
+def as_planned(config: PretrainConfig, notes: Path) -> receipt.Verdict:
     """Oracle 1: where the losses were computed, each image was there once per epoch, in the planned order."""
     dataset = Dataset.open(config.data)
     selection = dataset.select(config.where)
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
-    notes = receipt.load(files.glob("receipt-*.bin"))
-    verdict = receipt.check(notes, plan, selection, receipt.hashes_of(dataset, selection), config.epochs)
+    run = storage.read_bytes(storage.join(config.out, receipt.RUN_ID)).decode()
+    verdict = receipt.check(
+        receipt.load(notes, run), plan, selection, receipt.hashes_of(dataset, selection), config.epochs
+    )
     assert verdict.proven, verdict.sentence
     return verdict
 
@@ -157,10 +162,39 @@ def at_most_one_interval(redone: list[dict[str, Any]], config: PretrainConfig) -
     assert sum(seconds) <= bound, f"{sum(seconds):.1f} s of steps without a checkpoint were done again"
 
 
-def report(kills: list[Kill]) -> str:
-    """A histogram of what was killed, and how long it took to get on."""
-    lines = ["kills: " + ", ".join(f"{what} {count}" for what, count in Counter(k.what for k in kills).most_common())]
-    times = sorted(k.recovery_s for k in kills if k.recovery_s == k.recovery_s)
-    lines.append(f"steps done again: most {max(k.redone for k in kills)}, in all {sum(k.redone for k in kills)}")
-    lines.append(f"seconds to the next step: median {np.median(times):.1f}, longest {times[-1]:.1f}")
+def useful_s(run: str | Path) -> float:
+    """Seconds in which the steps that stand at the end of a run were computed: each once, without its wait for data."""
+    steps = steps_of(run)
+    samples = np.diff([row["samples"] for row in steps], prepend=0)
+    return float(sum(n / row["images_per_second"] - row["data_wait_s"] for n, row in zip(samples, steps, strict=True)))
+
+
+def report(kills: list[Kill], steps: int, useful_s: float, wall_s: float) -> str:
+    """What was killed at which fifth of a run, how long it took to get on, and the goodput.
+
+    Goodput is useful wall time / wall time. Useful is what `useful_s` counts; the rest is the start of processes,
+    waiting for data, steps whose results a kill threw away, and getting on after it.
+
+    Args:
+        steps: of a whole run.
+        useful_s: of all runs together.
+        wall_s: from the first command to now.
+    """
+    lines = [f"{len(kills)} kills, by fifths of the run's {steps} steps:"]
+    moments = {what: Counter(_fifth(k.step, steps) for k in kills if k.what == what) for what in _kinds(kills)}
+    for what, counts in (moments | {"all": sum(moments.values(), Counter())}).items():
+        lines.append(f"  {what:30} {' '.join(f'{counts[at]:3}' for at in range(FIFTHS))}   {counts.total():3}")
+    redone, times = [k.redone for k in kills], [k.recovery_s for k in kills if math.isfinite(k.recovery_s)]
+    lines.append(f"steps done again: most {max(redone, default=0)}, in all {sum(redone)}")
+    if times:
+        lines.append(f"seconds to the next step: median {np.median(times):.1f}, longest {max(times):.1f}")
+    lines.append(f"goodput: {useful_s / wall_s:.3f} ({useful_s:.1f} s of {wall_s:.0f} s)")
     return "\n".join(lines)
+
+
+def _kinds(kills: list[Kill]) -> list[str]:
+    return [what for what, _ in Counter(k.what for k in kills).most_common()]
+
+
+def _fifth(step: int, steps: int) -> int:
+    return min(FIFTHS - 1, FIFTHS * step // steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import storage
+from cluster import parts, storage
 from tests import kills, s3
 from tests.hosts import Host, Hosts, Inside
 from tests.runs import Pretrained, losses_of, pretrain_config
@@ -107,6 +107,7 @@ def test_a_run_on_two_hosts_loses_one_gets_another_and_ends_as_if_nothing_had_ha
 
     worlds = _starts(config)
     assert worlds[0] == 2 and 1 in worlds and worlds[-1] == 2, worlds
+    assert _thrown_away(config) == 0, "a checkpoint came first when a host was taken up"
     rows = read_metrics(storage.read_bytes(f"{config.out}/{METRICS}").decode())
     losses: list[float] = [row["loss"] for row in rows if "step" in row]
     twin = pretrain_config(Path(pretrained.config.data), tmp_path / "twin", epochs=EPOCHS, probe=False)
@@ -128,10 +129,15 @@ def _slow(method: str, path: str) -> int:
 
 def _starts(config: PretrainConfig) -> list[int]:
     """Ranks of each group that was started, of what is durable."""
-    from cluster import parts
-
     rows = read_metrics(parts.read(f"{config.out}/{METRICS}.parts"))
     return [row["workers"] for row in rows if row.get("event") == "start"]
+
+
+def _thrown_away(config: PretrainConfig) -> int:
+    """Steps that the group before the last one had done, and that the last one did not go on from."""
+    rows = [json.loads(line) for line in parts.read(f"{config.out}/{METRICS}.parts").splitlines()]
+    before, last = [at for at, row in enumerate(rows) if row.get("event") == "start"][-2:]
+    return int(max(row["step"] for row in rows[before:last] if "step" in row)) - int(rows[last]["from_step"])
 
 
 def test_hosts_that_cannot_open_the_data_set_train_on_what_others_read_for_them(

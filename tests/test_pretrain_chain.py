@@ -8,11 +8,14 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
+from tests import kills
 from tests.runs import (
     Pretrained,
     flags,
@@ -23,9 +26,12 @@ from tests.runs import (
     steps_of,
     under_way,
 )
-from training import feed
+from tests.training.test_report import Page
+from training import checkpoint, feed
+from training.configs import PretrainConfig
 from training.dataset import Dataset
 from training.feed import Batch, Feed, Source
+from training.launch import aside
 from training.plan import Plan
 from training.pretrain import pretrain
 
@@ -150,11 +156,25 @@ def test_a_run_leaves_a_row_per_step_and_the_summary_that_scripts_read(pretraine
     assert summary["final_loss"] < steps[0]["loss"]
     for name in ("config.yaml", "summary.json", "run.log", "model/model.json", "model/model.safetensors"):
         assert (pretrained.run / name).is_file(), name
-    for name in ("loss.png", "reconstructions.png"):
+    for name in ("loss.png", "reconstructions.png", "probes.png"):
         assert (pretrained.run / "figures" / name).read_bytes().startswith(b"\x89PNG")
     assert list((pretrained.run / "tensorboard").glob("events.*"))
     assert len(list((pretrained.run / "checkpoints").glob("step-*"))) <= pretrained.config.keep
     assert not list(pretrained.run.rglob("*.pkl")) + list(pretrained.run.rglob("*.pt"))
+
+
+def test_the_report_and_the_summary_say_what_the_encoder_can_tell_apart_and_how_it_waited(
+    pretrained: Pretrained,
+) -> None:
+    probed = [row for row in rows_of(pretrained.run) if "probed_step" in row][-1]
+    assert probed["probed_step"] == pretrained.summary["steps"]
+    words = Page((pretrained.run / "report.html").read_text(encoding="utf-8")).words
+    for name in ("knn_balanced_accuracy", "linear_balanced_accuracy", "chance"):
+        assert 0 < probed[name] <= 1 and pretrained.summary[name] == probed[name]
+        assert f"{probed[name]:.3f}" in words
+    share = pretrained.summary["data_wait_share"]
+    assert 0 < share < 1 and f"share of it waiting for data {share:.1%}" in " ".join(words.split())
+    assert "Images of the training data: the original, what the network was shown" in words
 
 
 def test_the_learning_rate_rises_then_falls_and_belongs_to_the_global_batch(pretrained: Pretrained) -> None:
@@ -201,14 +221,35 @@ def test_more_epochs_take_a_finished_run_further(pretrained: Pretrained, tmp_pat
     assert len(losses) == more * STEPS
 
 
+def damaged(config: PretrainConfig, how: Callable[[bytes], bytes]) -> str:
+    """The state in the newest checkpoint is what `how` makes of it; what is to be said of it."""
+    folder = Path(config.out) / "checkpoints"
+    name = checkpoint.names(folder)[0]
+    state = folder / name / checkpoint.STATE
+    state.write_bytes(how(state.read_bytes()))
+    return f"{name} is damaged (the sha256 of state.safetensors differs from its manifest); falling back"
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def one_bit_flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.slow
 def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
-    pretrained: Pretrained, tmp_path: Path
+    pretrained: Pretrained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run")
+    """Twice its newest checkpoint is damaged meanwhile, once Ray's snapshot. What the ranks noted is of one run."""
+    notes, complaint = tmp_path / "notes", ""
+    config = pretrain_config(Path(pretrained.config.data), tmp_path / "run", receipt=str(notes))
     for way, code, steps in ((signal.SIGTERM, 75, 20), (signal.SIGINT, 130, 60), (signal.SIGKILL, -9, 100)):
-        with rayograph(*flags(config)) as process:
+        with rayograph(*flags(config), "--receipt", str(notes)) as process:
             process.until(functools.partial(under_way, config.out, steps), f"{steps} steps are done")
+            assert complaint in process.said()
             assert len(process.family()) > 3  # Ray's own and the workers: what is looked for below can be seen
             if way == signal.SIGKILL:
                 process.kill_group()
@@ -222,8 +263,18 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
         # workers notice the loss of their driver a moment after kill -9, and may be at the end by then
         assert steps <= done and (done < whole or way == signal.SIGKILL), "it was stopped midway"
         assert not (Path(config.out) / "summary.json").exists()
+        if way == signal.SIGINT:
+            complaint = damaged(config, half)
+    complaint = damaged(config, one_bit_flipped)
+    states_of_ray = list(aside(Path(config.out)).iterdir())
+    assert states_of_ray, "Ray Train keeps its own state of the run there"
+    for folder in states_of_ray:
+        (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text('{"ray_version": "2.60.0", "checkpoint_resu')
     summary = pretrain(config)
+    assert complaint in capsys.readouterr().err
     assert losses_of(config.out) == losses_of(pretrained.run)
+    kills.as_planned(config, notes)
+    assert summary["receipt"]["sentence"].startswith("Proven")
     assert summary["samples_seen"] == pretrained.summary["samples_seen"]
     starts = [row["from_step"] for row in rows_of(config.out) if row.get("event") == "start"]
     assert len(starts) == 4

@@ -50,6 +50,8 @@ class Job:
     feed_tasks: int
     teacher: Wanted | None = None
     """Of the weights that the method learns from, where it does."""
+    run: str = ""
+    """What its receipts are named after, where they are kept."""
 
     @property
     def checkpoints(self) -> str:
@@ -184,7 +186,7 @@ class Rank:
         if refused:
             raise EndedError(refused)
         if self.config.receipt:
-            self.recorder = Recorder(Path(self.config.receipt), token, self.rank)
+            self.recorder = Recorder(Path(self.config.receipt), self.job.run, token, self.rank)
         if name is None:
             return Position()
         state = checkpoint.load(self.job.checkpoints, name)

@@ -169,7 +169,13 @@ class Epoch:
         return np.asarray(mine & (rows.batch >= first_batch))
 
     def items_of(self, rank: int, world: int, first_batch: int = 0) -> tuple[Item, ...]:
-        """The items that hold a row of `rank` from `first_batch` on: nothing else is read."""
+        """The items that hold a row of `rank` from `first_batch` on: nothing else is read.
+
+        Where the lanes cannot be dealt out evenly, ranks next to each other share one, and each reads all of its row
+        groups for its own rows. All ranks together read each row group 1 + (world - gcd(world, lanes)) / lanes times:
+        with 8 lanes once for 1, 2, 4 or 8 ranks, 1.25 times for 3, 1.5 for 5 or 6, 1.75 for 7. On top come at most
+        `lanes` - 1 row groups that lie across the end of a lane, which counts only where there are few.
+        """
         return tuple(item for item in self.items if self.owned(item, rank, world, first_batch).any())
 
     def order(self) -> tuple[np.ndarray, np.ndarray]:

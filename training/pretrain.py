@@ -70,6 +70,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             job = _job(config, out.uri, dataset, selection, device, tasks)
             learner = build(job)
             before = _restore(out, job)
+            job = replace(job, run=_named(out)) if config.receipt else job
             _announce(job, learner, config.workers if least < most else str(most), len(selection))
             started = time.monotonic()
             probing = Probing(job, dataset, selection) if config.probe else None
@@ -87,6 +88,13 @@ def _restore(out: OutDir, job: Job) -> tuple[int, int]:
     for complaint in complaints:
         say(complaint)
     return (state.position.step, state.position.samples) if state else (0, 0)
+
+
+def _named(out: OutDir) -> str:
+    """What the run's receipts are named after, kept in it before the first of them is written."""
+    name = receipt.run_id(out.path)
+    out.push()
+    return name
 
 
 def _require_shared(out: OutDir, found: Resources) -> None:
@@ -246,7 +254,7 @@ def _proof(job: Job, dataset: Dataset, selection: Selection) -> Verdict | None:
     folder = Path(job.config.receipt) if job.config.receipt else None
     if folder is None or not folder.is_dir():
         return None
-    notes = receipt.load(sorted(folder.glob("receipt-*.bin")))
+    notes = receipt.load(folder, job.run)
     return receipt.check(notes, job.source.plan, selection, receipt.hashes_of(dataset, selection), job.config.epochs)
 
 

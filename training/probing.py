@@ -31,6 +31,7 @@ class Probing:
         self._probed = ""
         self._next = time.monotonic()
         self._began = 0.0
+        self._told = False
 
     def __call__(self, desk: Any) -> None:
         import ray
@@ -67,7 +68,10 @@ class Probing:
         self._next = time.monotonic() + (time.monotonic() - self._began) / SHARE
         try:
             row = ray.get(reference)
-        except ray.exceptions.RayError:  # killed, or its checkpoint was replaced meanwhile: the next one tells as much
+        except ray.exceptions.RayTaskError as error:
+            self._failed(desk, error)
+            return
+        except ray.exceptions.RayError:  # it was killed: the next one tells as much
             return
         if row is None:
             return
@@ -75,6 +79,17 @@ class Probing:
         warning = probe.alarm(row)
         if warning:
             say(f"warning: {warning}")
+
+    def _failed(self, desk: Any, error: Any) -> None:
+        """An error of the probe's own code stands in the log, and is said once: every checkpoint may bring it again."""
+        desk.say.remote(f"a probe of {self._probed} ended:\n{error}")
+        if not self._told:
+            self._told = True
+            cause = next(iter(str(error.cause).splitlines()), "")
+            say(
+                f"warning: the encoder could not be probed ({type(error.cause).__name__}: {cause}); training goes on, "
+                "details in run.log"
+            )
 
 
 def probe_checkpoint(job: Job, name: str, data: probe.ProbeData) -> dict[str, Any] | None:
@@ -86,7 +101,7 @@ def probe_checkpoint(job: Job, name: str, data: probe.ProbeData) -> dict[str, An
     began = time.monotonic()
     try:
         state = checkpoint.load(job.checkpoints, name)
-    except checkpoint.DamagedError:  # removed in favour of newer ones while it was read
+    except (checkpoint.DamagedError, FileNotFoundError):  # removed in favour of newer ones while it was read
         return None
     learner = build(job)
     module = learner.module

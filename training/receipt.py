@@ -4,15 +4,17 @@ held against the plan and the dataset. Plain files, no Ray."""
 from __future__ import annotations
 
 import hashlib
+import secrets
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cluster import storage
 from cluster.errors import DataError
 from training.dataset import Dataset, Selection
 from training.plan import Plan
@@ -24,6 +26,17 @@ _STEP = struct.Struct("<IIIIQ")
 """CRC32 of the rest of the record, images, epoch, global batch, position of the first image within the epoch."""
 _PER_IMAGE = 16
 """Bytes of an image: its row of the selection (int64), then, after all rows, 8 bytes of its hash."""
+RUN_ID = "run.id"
+"""The file of a RUN with what its receipts are named after: runs may share a folder for them."""
+
+
+def run_id(run: Path) -> str:
+    """What the receipts of the RUN in the local folder `run` are named after: drawn at its start, the same whenever it
+    is taken up again, and another one where it was thrown away and begun anew."""
+    file = run / RUN_ID
+    if not file.exists():
+        storage.write_text(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8")
 
 
 def hash_of(pixels: np.ndarray) -> int:
@@ -36,18 +49,19 @@ def hash_of(pixels: np.ndarray) -> int:
 
 
 class Recorder:
-    """Appends what one rank was shown to `folder/receipt-<token>-rank<rank>.bin`, of which it is the only writer.
+    """Appends what one rank was shown to `folder/receipt-<run>-<token>-rank<rank>.bin`, its own file alone.
 
     Args:
+        run: as of `run_id`.
         token: names this start of the run; no two starts share one, since a file is never reopened.
 
     Raises:
         FileExistsError: the token was used before.
     """
 
-    def __init__(self, folder: Path, token: str, rank: int) -> None:
+    def __init__(self, folder: Path, run: str, token: str, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"receipt-{token}-rank{rank}.bin"
+        self.path = folder / f"receipt-{run}-{token}-rank{rank}.bin"
         self._file = self.path.open("xb", buffering=0)
         self._file.write(_FILE.pack(_MAGIC, time.time_ns()))
 
@@ -101,15 +115,17 @@ class Receipts:
         return len(self.epoch)
 
 
-def load(files: Iterable[Path]) -> Receipts:
-    """The notes of all ranks and all starts of a run; a record cut off by a kill is left out.
+def load(folder: Path, run: str) -> Receipts:
+    """The notes of all ranks and all starts of the run `run`, and of no other that used the same folder; a record cut
+    off by a kill is left out.
 
     Starts are told apart by the token in the file's name, and ordered by the clock of the machine that opened it.
 
     Raises:
         DataError: a file is none of ours, or was damaged after it was written.
     """
-    parts = [part for path in sorted(files) if (part := _read(path)) is not None]
+    files = sorted(folder.glob(f"receipt-{run}-*.bin"))
+    parts = [part for path in files if (part := _read(path)) is not None]
     opened: dict[str, int] = {}
     for part in parts:
         opened[part.token] = min(part.opened, opened.get(part.token, part.opened))

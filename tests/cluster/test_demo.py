@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from cluster import cli, demo
 from cluster.demo import Answer, DemoConfig, Step, Tools
 from cluster.errors import RayographError, UsageError
+from tests.runs import Pretrained, flags, pretrain_config
 
 
 def summaries(before: list[float | None], after: list[float | None]) -> dict[str, Any]:
@@ -212,3 +215,24 @@ def test_on_a_cluster_nobody_is_killed_by_a_number_of_another_machine(
     with pytest.raises(UsageError, match="unset it"):
         demo.demo(DemoConfig(out=str(tmp_path / "demo"), kill=True), tools([]))
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_worker_that_is_really_killed_leaves_one_line_of_two_curves_and_a_proof(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = pretrain_config(Path(pretrained.config.data), tmp_path / "killed")
+    command = (*flags(config), "--receipt", str(tmp_path / "receipt"), "--no-probe")
+    chain = {"pretrain": Step(("pretrain",), pretrained.run), "killed": Step(command, tmp_path / "killed")}
+    steps = demo._steps_of(chain["pretrain"])
+    demo._run(chain["killed"], demo._murderer(chain["killed"], steps // 2))
+    part = demo.killed_part(chain, tmp_path, replace(tools([]), draw_curves=cli._draw_curves))
+    assert "  kill -9 " in capfd.readouterr().out
+    told, proof = part.paragraphs
+    again = re.search(r"was killed \(kill -9\)\. It went on by itself from its checkpoint of step (\d+)", told)
+    assert again and 0 < int(again[1]) < steps
+    assert f"The losses of all {steps} steps are equal to the last bit." in told
+    assert proof.startswith(f"Proven: 200 images, each shown once in each of {config.epochs} epochs, in the planned")
+    assert part.figures[0][0].read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import DataError
+from cluster.outdir import OutDir
 from training import receipt
 from training.dataset import ROW_GROUP, Dataset, Selection
 from training.plan import Plan, rank_slice
@@ -20,6 +21,7 @@ from training.receipt import Recorder, Verdict
 
 EPOCHS, BATCH = 3, 32
 NUMBER = itertools.count()
+RUN = "0123456789abcdef"
 
 
 @dataclass
@@ -59,20 +61,24 @@ class World:
         return found
 
     def run(
-        self, batches: list[tuple[int, int, np.ndarray, np.ndarray]], world: int = 2, pixels: np.ndarray | None = None
+        self,
+        batches: list[tuple[int, int, np.ndarray, np.ndarray]],
+        world: int = 2,
+        pixels: np.ndarray | None = None,
+        run: str = RUN,
     ) -> None:
         """Each of `world` ranks records its slices of the batches, as one start of a run."""
         token = f"start{next(NUMBER)}"
         shown = self.pixels if pixels is None else pixels
         for rank in range(world):
-            with Recorder(self.folder, token, rank) as recorder:
+            with Recorder(self.folder, run, token, rank) as recorder:
                 for epoch, batch, positions, samples in batches:
                     low, high = rank_slice(len(positions), rank, world)
                     mine = samples[low:high]
                     recorder.add(epoch, batch, positions[low:high], mine, shown[mine])
 
     def judge(self, epochs: int = EPOCHS) -> Verdict:
-        found = receipt.load(self.folder.glob("receipt-*.bin"))
+        found = receipt.load(self.folder, RUN)
         return receipt.check(found, self.plan, self.selection, self.hashes, epochs)
 
 
@@ -153,7 +159,7 @@ def test_steps_done_again_after_a_restart_count_once_and_are_named(world: World)
     verdict = world.judge()
     assert verdict.proven and verdict.repeated_steps == 2
     assert verdict.sentence.endswith("; 2 steps were done again after a restart, and their last time counts.")
-    assert receipt.load(world.folder.glob("receipt-*.bin")).starts == 2
+    assert receipt.load(world.folder, RUN).starts == 2
 
 
 def test_of_a_repeated_step_the_last_time_counts(world: World) -> None:
@@ -173,6 +179,30 @@ def test_a_restart_that_skipped_a_step_is_found(world: World) -> None:
     assert faults(world.judge()) == {"missing": BATCH}
 
 
+def test_a_gap_is_refuted_although_the_notes_of_an_older_run_in_the_same_folder_fill_it(world: World) -> None:
+    batches = world.batches()
+    world.run(batches, run="fedcba9876543210")
+    world.run(batches[:6])
+    world.run(batches[7:])
+    assert faults(world.judge()) == {"missing": BATCH}
+    assert len(receipt.load(world.folder, "fedcba9876543210")) == EPOCHS * world.count
+
+
+def test_a_run_keeps_its_name_when_it_is_taken_up_again_and_gets_another_when_it_is_begun_anew(tmp_path: Path) -> None:
+    def name(*, overwrite: bool = False) -> str:
+        data = {"data": "a"}
+        opened = OutDir.open(
+            str(tmp_path / "run"), verb="pretrain", config=data, identity=data, raisable={}, overwrite=overwrite
+        )
+        with opened as out:
+            return receipt.run_id(out.path)
+
+    first = name()
+    assert name() == first
+    second = name(overwrite=True)
+    assert second != first and name() == second
+
+
 def test_a_record_cut_off_by_a_kill_is_left_out_and_damage_is_not(world: World) -> None:
     batches = world.batches()
     world.run(batches[:2], 1)
@@ -181,14 +211,14 @@ def test_a_record_cut_off_by_a_kill_is_left_out_and_damage_is_not(world: World) 
     counts = []
     for cut in range(0, len(whole) + 1, 16):
         file.write_bytes(whole[:cut])
-        counts.append(len(receipt.load([file])))
+        counts.append(len(receipt.load(world.folder, RUN)))
     assert counts == sorted(counts) and set(counts) == {0, BATCH, 2 * BATCH}
     file.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
     with pytest.raises(DataError, match="damaged"):
-        receipt.load([file])
+        receipt.load(world.folder, RUN)
     file.write_bytes(b"something else altogether")
     with pytest.raises(DataError, match="not a receipt"):
-        receipt.load([file])
+        receipt.load(world.folder, RUN)
 
 
 def test_nothing_recorded_proves_nothing(world: World) -> None:
@@ -198,18 +228,18 @@ def test_nothing_recorded_proves_nothing(world: World) -> None:
 
 def test_a_rank_without_a_row_writes_nothing_and_a_token_serves_once(world: World) -> None:
     empty = np.empty(0, np.int64)
-    with Recorder(world.folder, "a", 0) as recorder:
+    with Recorder(world.folder, RUN, "a", 0) as recorder:
         before = recorder.path.stat().st_size
         recorder.add(0, 0, empty, empty, np.empty((0, 1, 1, 1), np.uint8))
         assert recorder.path.stat().st_size == before
         recorder.add(0, 1, np.arange(2), np.arange(2), world.pixels[:2])
         assert recorder.path.stat().st_size > before, "nothing is held back"
     with pytest.raises(FileExistsError):
-        Recorder(world.folder, "a", 0)
+        Recorder(world.folder, RUN, "a", 0)
 
 
 def test_positions_with_a_gap_are_refused(world: World) -> None:
-    with Recorder(world.folder, "a", 0) as recorder, pytest.raises(ValueError, match="consecutive"):
+    with Recorder(world.folder, RUN, "a", 0) as recorder, pytest.raises(ValueError, match="consecutive"):
         recorder.add(0, 0, np.asarray([0, 2]), np.arange(2), world.pixels[:2])
 
 
