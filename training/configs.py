@@ -120,7 +120,7 @@ class PretrainConfig(Config):
     student_temperature: float = 0.1
     "sssd, dino: of the student's answers."
     teacher_momentum: float = 0.996
-    "dino: share of itself that the teacher keeps at the first step; rises to 1."
+    "dino: share of itself that the teacher keeps at the first step, at most 1 - 10 / steps of the run; rises to 1."
     local_crops: int = 6
     "dino: small crops of each image, beside two large ones."
     teacher: str = "imagenet"

@@ -215,17 +215,27 @@ def test_the_teacher_follows_the_student_slower_and_slower_and_its_centre_the_ba
         for parameter in module.encoder.parameters():
             parameter.add_(1)
     kept = []
-    for step in (0, 5, 10):
-        module.begin(step, 10, 0)
+    for step in (0, 50, 100):
+        module.begin(step, 100, 0)
         kept.append(module.momentum)
     assert kept == pytest.approx([0.9, 0.95, 1.0])
-    module.begin(0, 10, 0)
+    module.begin(0, 100, 0)
     module.after_step(torch.full((K,), 2.0))
     assert module.centre.mean.tolist() == pytest.approx([0.2] * K)
     for name, parameter in module.teacher.named_parameters():
         assert torch.allclose(parameter, start[name] + 0.1, atol=1e-5)
     module.after_step(torch.full((K,), 2.0))
     assert module.centre.mean.tolist() == pytest.approx([0.38] * K)
+
+
+@pytest.mark.parametrize("total", [1, 7, 156, 400, 30_000])
+def test_a_run_of_any_length_leaves_a_teacher_with_next_to_nothing_of_its_first_weights(total: int) -> None:
+    module, share = dino(momentum=0.996), 1.0
+    for step in range(total):
+        module.begin(step, total, 0)
+        assert 0 <= module.momentum <= 1 and (step or total < 2500 or module.momentum == pytest.approx(0.996))
+        share *= module.momentum
+    assert share < 0.01
 
 
 def test_prototypes_stand_still_in_the_first_epoch_only() -> None:
