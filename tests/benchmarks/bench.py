@@ -35,6 +35,8 @@ from training.images import ImagePath, decode_bytes
 ROOT = Path(__file__).parents[2]
 SMALL, LARGE = 3000, 40
 ROUNDS = 3
+SLOW_EVERY_S = 30.0
+"""Between checkpoints to a store that takes 2 s for each request."""
 
 
 def main() -> int:
@@ -250,7 +252,7 @@ def checkpoints() -> list[tuple[str, str, str, str, str]]:
         with s3.running() as store, environment(store.environment):
             out = f"{store.make('bench')}/run"
             with store.refusing(_slow), session(cpus=1 + 3 * cores()):
-                pretrain(replace(config, out=out))
+                pretrain(replace(config, out=out, checkpoint_s=SLOW_EVERY_S))  # else it is saving all the time
             slow = _saving(storage.read_bytes(f"{out}/metrics.jsonl").decode())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
