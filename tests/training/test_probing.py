@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from tests.runs import Pretrained, rows_of, wait_until
+from tests.runs import START_S, Pretrained, rows_of, wait_until
 from training import checkpoint, probing
 from training.checkpoint import Position, State
 from training.dataset import Dataset
@@ -46,13 +46,13 @@ def test_an_error_of_the_probe_itself_is_said_once_a_lost_probe_is_not_and_the_n
 
     for number in (1, 2):
         unfitting(tmp_path, number)
-        wait_until(lambda number=number: ended(number), 120, f"probe {number} has failed")  # type: ignore[misc]
+        wait_until(lambda number=number: ended(number), START_S, f"probe {number} has failed")  # type: ignore[misc]
     unfitting(tmp_path, 3)
-    wait_until(lambda: ended(2) and looker._probed.startswith("step-000000003"), 30, "probe 3 has begun")
+    wait_until(lambda: ended(2) and looker._probed.startswith("step-000000003"), START_S, "probe 3 has begun")
     looker.close()
     newest = checkpoint.names(pretrained.run / "checkpoints")[0]
     shutil.copytree(pretrained.run / "checkpoints" / newest, tmp_path / "checkpoints" / newest)
-    wait_until(lambda: ended(2) and "probed_step" in rows_of(tmp_path)[-1], 120, "a probe has left its row")
+    wait_until(lambda: ended(2) and "probed_step" in rows_of(tmp_path)[-1], START_S, "a probe has left its row")
 
     row = rows_of(tmp_path)[-1]
     assert row["probed_step"] == checkpoint.step_of(newest) == pretrained.summary["steps"]
