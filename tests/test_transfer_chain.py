@@ -230,6 +230,9 @@ def test_evaluate_refuses_images_of_the_models_lineage_unless_told_otherwise(
     allowed = EvaluateConfig(model=str(probed), data=str(phantoms), out=str(tmp_path / "allowed"), allow_seen=True)
     summary = evaluate(allowed)
     assert summary["seen"] == summary["images"] == 106
+    assert summary["overlap"]["groups"] == summary["overlap"]["of_groups"] == summary["seen_groups"]
+    page = (tmp_path / "allowed" / "report.html").read_text(encoding="utf-8")
+    assert "106 of these images" in page and "The models have seen 106 of the 106 judged images" in page
 
 
 def test_images_of_pretraining_alone_count_as_seen(probed: Path, tmp_path: Path, phantoms: Path) -> None:
@@ -251,7 +254,8 @@ def test_evaluate_judges_unseen_images_and_predict_agrees_number_by_number(
     probed: Path, unseen: Path, tmp_path: Path
 ) -> None:
     summary = evaluate(EvaluateConfig(model=str(probed), data=str(unseen), out=str(tmp_path / "judged")))
-    assert summary["seen"] == 0
+    assert summary["seen"] == summary["seen_groups"] == 0 and "overlap" not in summary
+    assert summary["namesakes"] > 0  # phantoms of two seeds are patients of one name
     judged = {row["image_id"]: row for row in rows_of(tmp_path / "judged" / "predictions.parquet")}
     selection = Dataset.open(unseen).select(labelled=True)
     assert set(judged) == set(selection.column("image_id"))

@@ -12,7 +12,7 @@ import numpy as np
 from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
-from training import report
+from training import novelty, report
 from training.artifact import Model, ModelCard, load_model, located_model, model_folder, read_card, run_name
 from training.compare import compare
 from training.configs import EvaluateConfig
@@ -26,11 +26,11 @@ from training.evaluation_report import (
     verdict,
     write_evaluation_report,
 )
-from training.findings import statistics_of
+from training.findings import Found, overlap_with, statistics_of
 from training.hits import hits_compared
 from training.ingest import resolve_data
 from training.judgement import Inner, Judged, of_units, summarise
-from training.lineage import own_images, seen_by
+from training.lineage import seen_by
 from training.predictions import aligned, read_predictions, write_predictions, write_units
 from training.probabilities import calibrated
 from training.protocol import in_words, protocol_of
@@ -62,13 +62,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         asked: dict[str, Any] = {"by": config.by, "prevalence": config.prevalence, "seed": config.seed}
         after, more = statistics_of(found.judged, found.selection, **asked, chosen=OUT_OF_FOLD)
         rankings, kept = hits_compared(runs, seed=config.seed) if config.data is None else ([], {})
-        _write_report(config, out, name, found, rivals, [*rankings, *after])
+        _write_report(config, out, name, found, rivals, [*rankings, *after, *found.overlap[0]])
         summary = {
             "protocol": found.protocol,
             "images": found.images,
-            "seen": found.seen,
+            "seen": found.known.images,
+            "seen_groups": found.known.groups,
+            "namesakes": found.known.namesakes,
             "seconds": time.monotonic() - started,
             **more,
+            **found.overlap[1],
             "metrics": found.judged.metrics | more.get("metrics", {}),
         }
         if rivals:
@@ -94,11 +97,13 @@ class _Evidence:
     """Probabilities [M, K] of the models that it is compared with."""
     protocol: dict[str, Any]
     images: int
-    seen: int
+    known: novelty.Known
     before: list[report.Section]
     caption: str
     selection: Selection
     """That the rows of `judged` index."""
+    overlap: Found = ([], {})
+    """What is left of the figures without what the models had seen."""
 
 
 def _named(config: EvaluateConfig) -> dict[str, str]:
@@ -149,13 +154,14 @@ def _out_of_fold(config: EvaluateConfig, runs: Mapping[str, str], out: OutDir) -
         pooled_others,
         said | protocol_of(units, config.pooling),
         len(images),
-        0,
+        NOTHING,
         [protocol, data],
         f"Out-of-fold predictions of {next(iter(runs))}",
         images,
     )
 
 
+NOTHING = novelty.Known(0, 0, 0, "", 0)
 OUT_OF_FOLD = "on what the run had said, out of fold, of the images that it was trained on"
 _OF_UNITS = ("unit", "pooling", "units", "units_left_out")
 _LEAK = (
@@ -176,7 +182,9 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
     labelled = dataset.select(config.where, labelled=True)
     selection = Selection(joined(labelled.table, card.inputs, card.input_column))
     classes = list(card.classes)
-    seen = _check(config, cards, selection)
+    _require_known_classes(config, cards, selection)
+    allow = config.allow_seen
+    known = novelty.require_new(data, selection, dataset.manifest, list(runs.values()), allow_seen=allow)
     labels, groups = selection.column("label"), selection.column("group")
     units = units_of(config.unit, labels, selection.column("case"), groups)
     truth = truth_of(labels, classes, several=card.activation == "sigmoid")
@@ -196,16 +204,19 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
     _write_judged(config, out, selection, by_image, judged, units)
     if config.unit == "image" and not judged.several:
         judged = replace(judged, inner=_out_of_fold_of(config.model, classes))
+    overlap: Found = ([], {})
+    if known.any:
+        seen = frozenset[str]().union(*map(seen_by, runs.values()))
+        overlap = overlap_with(seen, dataset, selection, judged, seed=config.seed, who="The models")
     protocol: list[report.Block] = [
         report.Text(
             f"{', '.join(runs)}: judged on images not seen in training; intervals come from a bootstrap over groups. "
-            "Images are compared by their bytes with those of each model's training and pretraining."
+            "Images are compared by their bytes with those of each model's training and pretraining; where one was "
+            "seen, so was its group."
         ),
         *unit_blocks(units, config.pooling),
+        *novelty.blocks(known),
     ]
-    if seen:
-        words = f"{seen:,} of these images are of a model's own lineage: the figures are too good."
-        protocol.append(report.Warning(words))
     return _Evidence(
         judged,
         card.ordered,
@@ -213,10 +224,11 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
         dict(zip(list(runs)[1:], others, strict=True)),
         {"split": "unseen", "folds": 1, "repeats": 1, "groups": len(set(groups))} | protocol_of(units, config.pooling),
         len(selection),
-        seen,
+        known,
         [report.Section("Protocol", protocol), data_section(dataset, selection, classes)],
         f"Predictions of {next(iter(runs))} as it is served",
         selection,
+        overlap,
     )
 
 
@@ -252,8 +264,7 @@ def _card(run: str) -> ModelCard:
     return card
 
 
-def _check(config: EvaluateConfig, cards: Mapping[str, ModelCard], selection: Selection) -> int:
-    """Number of images of the models' lineages, where they are allowed."""
+def _require_known_classes(config: EvaluateConfig, cards: Mapping[str, ModelCard], selection: Selection) -> None:
     classes = cards[config.model].classes
     for run, card in cards.items():
         other = sorted(set(card.classes) ^ set(classes))
@@ -265,16 +276,6 @@ def _check(config: EvaluateConfig, cards: Mapping[str, ModelCard], selection: Se
     strange = sorted({name for label in labels for name in (label.split("|") if several else [label])} - set(classes))
     if strange:
         raise UsageError(f"{config.data}: the model has no class {strange[0]!r}; its classes: {', '.join(classes)}")
-    own, all_seen = own_images(selection), frozenset[str]()
-    for run in cards:
-        seen = own & seen_by(run)
-        if seen and not config.allow_seen:
-            raise UsageError(
-                f"{config.data}: {len(seen):,} of {len(selection):,} images were seen in the (pre)training of {run}, "
-                "so the figures would be too good\njudge on other images (--where), or accept it with --allow-seen"
-            )
-        all_seen |= seen
-    return len(all_seen)
 
 
 class _Said(NamedTuple):

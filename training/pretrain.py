@@ -28,7 +28,7 @@ from training.encoder import Architecture, architecture_for
 from training.feed import source_of
 from training.ingest import resolve_data
 from training.launch import Team, launch
-from training.lineage import labelled_by, own_images, seen_by
+from training.lineage import labelled_by, named_by, own_groups, own_images, seen_by
 from training.loop import Job, Learner, build
 from training.methods import METHODS, NEED_VIT, check_method
 from training.pretrain_report import Facts, speed_of, write_pretrain_report
@@ -192,7 +192,8 @@ def _finish(
     sources = [wanted.init for wanted in (job.wanted, job.teacher) if wanted]
     seen = own_images(selection).union(*map(seen_by, sources))
     labelled = frozenset[str]().union(*map(labelled_by, sources))
-    save_model(out.path / "model", card, encoder, seen=seen, labelled=labelled)
+    groups = own_groups(selection).union(*map(named_by, sources))
+    save_model(out.path / "model", card, encoder, seen=seen, labelled=labelled, groups=groups)
     flops = speed.flops_per_image(module, module.views(learner.input))
     threads = cores() if job.wanted.device == "cpu" else 1
     peak = speed.matmul_peak_gflops(threads, device=job.wanted.device, precision=job.precision)

@@ -17,6 +17,7 @@ from training.bootstrap import Metric
 from training.dataset import Selection
 from training.lineage import short_digests
 
+FIRST_WEIGHTS = "The first weights"
 SHOWN = ("accuracy", "balanced_accuracy", "kappa", "auroc", "ece")
 
 
@@ -54,6 +55,7 @@ def overlap_blocks(
     group: list[str],
     fold: np.ndarray,
     repeat: np.ndarray,
+    who: str = FIRST_WEIGHTS,
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[list[report.Block], dict[str, Any]]:
@@ -63,6 +65,7 @@ def overlap_blocks(
         found: the overlap of the selection.
         rows: [M] rows of the selection, one per prediction.
         truth, probabilities, group, fold, repeat: [M], [M, K], … as `metrics.summarise` takes them.
+        who: has seen them: a plural that begins a sentence.
 
     The entry: `images`, `of_images`, `groups`, `of_groups`, and, where something was seen, `metrics_without`: all
     metrics of the predictions of groups of which nothing was seen, or None where none is left.
@@ -76,12 +79,12 @@ def overlap_blocks(
         "of_groups": len(np.unique(named)),
     }
     if not seen.any():
-        return [report.Text("None of the judged images or groups was seen by the first weights.")], entry
+        return [report.Text(f"{who} have seen none of the judged images or groups.")], entry
     blocks: list[report.Block] = [
         report.Warning(
-            f"The first weights have seen {entry['images']:,} of the {entry['of_images']:,} judged images, and images "
+            f"{who} have seen {entry['images']:,} of the {entry['of_images']:,} judged images, and images "
             f"of {entry['groups']:,} of the {entry['of_groups']:,} judged groups, without their labels or with them "
-            "(transductive): on patients who are new to the pretraining too, results may be worse."
+            "(transductive): on patients who are new to them too, results may be worse."
         )
     ]
 
@@ -101,7 +104,7 @@ def overlap_blocks(
         blocks.append(
             report.Text(
                 "No group is left without them, so what the overlap is worth cannot be said from this run. To know it, "
-                "pretrain on other patients, or keep the test patients out of the pool."
+                "train and pretrain on other patients than those that are judged."
             )
         )
         return blocks, entry

@@ -29,7 +29,7 @@ from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, judge, of_units
 from training.learnt import asked_of
-from training.lineage import labelled_by, own_images, seen_by
+from training.lineage import labelled_by, named_by, own_groups, own_images, seen_by
 from training.mistakes import mistakes_section
 from training.model_card import README, model_card
 from training.overlap import groups_of
@@ -300,8 +300,8 @@ class _Study:
         files = [(domain.REFERENCE, self.domain.dumps()), (README, model_card(facts.card, trained_of(facts)).encode())]
         files += trained.files
         files += [(pooling.FILE, self.pooler.dumps(self.judged.temperature))] if self.pooler is not None else []
-        folder, seen = self.out.path / "model", own | seen_by(init)
-        save_model(folder, facts.card, trained.network, seen=seen, labelled=labelled, files=files)
+        known = {"seen": own | seen_by(init), "groups": own_groups(self.selection) | named_by(init)}
+        save_model(self.out.path / "model", facts.card, trained.network, **known, labelled=labelled, files=files)
 
     def _write_predictions(self) -> None:
         write_predictions(self.out.path, self.selection, self.by_image)
