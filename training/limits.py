@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 FEW_GROUPS = 30
 """Fewer than these, and a bootstrap over groups gives intervals that are too narrow."""
@@ -15,6 +15,16 @@ POOR_ECE = 0.05
 SKEW = 10
 """Largest class over smallest, above which rare classes deserve a word."""
 SITE_COLUMNS = ("site", "centre", "center", "hospital", "institution", "scanner", "device", "source")
+Searched = Literal["", "here", "elsewhere"]
+SEARCHED: dict[Searched, str] = {
+    "": "",
+    "here": "The settings were chosen by a search (rayograph tune) on this data: labels of images that are judged here "
+    "had a say in them, so the figures are a little too good. Those that the search itself states, of groups that it "
+    "never saw, are not.",
+    "elsewhere": "The settings were chosen by a search (rayograph tune) on another version of a data set. If that held "
+    "patients who are judged here, the figures are a little too good.",
+}
+"""What a search before the run means for its figures."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Known:
     """The column that seems to say where images come from, and how many values it has; see `sites_in`."""
     shared: int = 0
     """Judged images that the first weights were pretrained on."""
+    searched: Searched = ""
+    """Where the settings were searched: on the data judged `here`, or `elsewhere`."""
     conflicting: int = 0
     """Sets of copies with different labels."""
     quarantined: float = 0.0
@@ -75,6 +87,8 @@ def _leaks(known: Known) -> list[str]:
             "transductive setting. No label leaked, but pictures of new patients will be new to the network in a way "
             "that these were not."
         )
+    if known.searched:
+        found.append(SEARCHED[known.searched])
     return found
 
 

@@ -152,6 +152,7 @@ class _Study:
         self.domain = self._domain(trained.features)
         looker = looker_of(trained.network, self.initial.input, trained.estimator, len(self.classes))
         facts = self._facts(trained, looker.method if trained.described.layers else "")
+        self.searched = facts.searched
         self._write_model(trained, facts)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
@@ -332,6 +333,7 @@ class _Study:
             "multi_label": self.labels.several,
             "best_epoch": self.best_epoch,
             "temperature": self.by_image.temperature,
+            "searched": self.searched,
             **self.more,
             "metrics": self.judged.metrics | self.more["metrics"],
         }

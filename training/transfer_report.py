@@ -17,7 +17,7 @@ from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.judgement import Judged, guessing
 from training.layers import LAST
-from training.limits import Known, limits_of, sites_in
+from training.limits import SEARCHED, Known, Searched, limits_of, sites_in
 from training.model_card import Trained, first_weights
 from training.protocol import in_words
 from training.results import class_counts, data_section, result_section, unit_blocks
@@ -99,6 +99,12 @@ class Facts:
         stages = self.card.lineage.get("stages")
         return f"those of stage {stages[-1]['name']}" if stages else first_weights(self.config.init)
 
+    @property
+    def searched(self) -> Searched:
+        """Where the settings were searched."""
+        version = self.config.searched_on
+        return "" if version is None else "here" if version == self.dataset.version else "elsewhere"
+
     @cached_property
     def fits(self) -> int:
         """Models behind the judgements."""
@@ -123,6 +129,7 @@ class Facts:
                 ungrouped=counts.get("ungrouped", 0),
                 sites=sites_in(columns),
                 shared=self.shared,
+                searched=self.searched,
                 conflicting=counts.get("conflicting_copies", 0),
                 quarantined=counts["quarantined"] / max(1, counts["images"]),
             )
@@ -249,8 +256,19 @@ def _protocol(facts: Facts) -> list[report.Block]:
                 f"The first weights were pretrained, without labels, on {facts.shared:,} of the images that are judged."
             )
         )
+    if facts.searched:
+        blocks.append(report.Warning(SEARCHED[facts.searched]))
     return blocks
 
+
+CHOSEN: dict[Searched, str] = {
+    "": "No test image chose anything.",
+    "here": "Settings were searched beforehand on this data set, images judged here among it; within the run no test "
+    "image chose anything.",
+    "elsewhere": "Settings were searched beforehand on another version of a data set; within the run no test image "
+    "chose anything.",
+}
+"""What had a say in the choices that a run needs."""
 
 _HEADS = {"estimator": f"the classifier is in {HEAD}", "metric": f"the embedding on it is in {METRIC}"}
 
@@ -331,7 +349,7 @@ def _about_training(facts: Facts) -> dict[str, str]:
         "initial": f"{facts.first_weights}{digest}.",
         "training": f"{_done(facts)} {TUNED.get(config.task) or _recipe(config)} "
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
-        "selection": "No test image chose anything. The final model was fitted again on all labelled images"
+        "selection": f"{CHOSEN[facts.searched]} The final model was fitted again on all labelled images"
         + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
         "ensembles": "None: one model answers."
         if config.features != "fused"

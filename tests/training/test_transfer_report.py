@@ -122,6 +122,19 @@ def test_pretraining_on_judged_images_is_said_twice(tmp_path: Path) -> None:
     assert "transductive" in said and "transductive" not in text_of(written(tmp_path, facts_of()))
 
 
+def test_settings_that_were_searched_on_the_judged_data_are_warned_of_and_no_longer_called_unchosen(
+    tmp_path: Path,
+) -> None:
+    html = written(tmp_path, facts_of(searched_on="cafe"))
+    said = text_of(html)
+    assert "Warning: The settings were chosen by a search (rayograph tune) on this data" in said
+    assert said.count("labels of images that are judged here had a say in them") == 4  # two in the checklists
+    assert "No test image chose anything" not in said and "Settings were searched beforehand on this data set" in said
+    elsewhere, alone = (text_of(written(tmp_path, facts_of(searched_on=on))) for on in ("beef", None))
+    assert "Warning: The settings were chosen by a search (rayograph tune) on another version" in elsewhere
+    assert "No test image chose anything" in alone and "rayograph tune" not in alone
+
+
 def test_labels_that_look_like_markup_stay_text(tmp_path: Path) -> None:
     evil = [EVIL, "b", "c"]
     html = written(tmp_path, facts_of(evil))
