@@ -162,7 +162,7 @@ def blocks(results: Mapping[str, ByColumn]) -> list[Block]:
     for column, table in results.items():
         rows = [
             [
-                f"{name} ({', '.join(part['marks'])})" if part["marks"] else name,
+                _marked(name, part),
                 f"{part['images']:,}",
                 f"{part['groups']:,}",
                 *(with_interval(part["metrics"][m]["value"], part["metrics"][m]["ci95"]) for m in SHOWN),
@@ -172,6 +172,25 @@ def blocks(results: Mapping[str, ByColumn]) -> list[Block]:
         found.append(Table([column, "images", "groups", *(m.replace("_", " ") for m in SHOWN)], rows, f"By {column}"))
         found.append(Text(_sentence(column, table["gap"])))
     return found
+
+
+def in_words(results: Mapping[str, ByColumn]) -> str:
+    """The same in a few sentences; nothing where no column was asked for."""
+    return " ".join(
+        f"{_values(column, table['parts'])} {_sentence(column, table['gap'])}" for column, table in results.items()
+    )
+
+
+def _values(column: str, parts: Mapping[str, Part]) -> str:
+    if len(parts) > LARGEST:
+        return f"Balanced accuracy was judged for each of {len(parts)} values of {column}, see Subgroups."
+    named = {_marked(name, part): part["metrics"][GAP] for name, part in parts.items()}
+    shown = "; ".join(f"{name} {with_interval(m['value'], m['ci95'])}" for name, m in named.items())
+    return f"Balanced accuracy by {column}: {shown}."
+
+
+def _marked(name: str, part: Part) -> str:
+    return f"{name} ({', '.join(part['marks'])})" if part["marks"] else name
 
 
 def _sentence(column: str, gap: Gap | None) -> str:

@@ -156,7 +156,9 @@ class _Study:
         self._write_model(trained, facts)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
-        write_transfer_report(self.out.path, facts, self._mistakes(looker, facts.method), self._more_sections())
+        mistakes, more = self._mistakes(looker, facts.method), self._more_sections()
+        facts = replace(facts, by=self.more.get("subgroups", {}))
+        write_transfer_report(self.out.path, facts, mistakes, more)
 
     def _more_sections(self) -> list[report.Section]:
         """What the report says beside the results themselves; its numbers are in `more`."""

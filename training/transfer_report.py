@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from training import report
+from training import report, subgroups
 from training.artifact import HEAD, WEIGHTS, ModelCard, versions
 from training.attention import WORDS
 from training.augment import MODALITIES, augmentation_of, described
+from training.bootstrap import interval_words
 from training.checklist import checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
@@ -77,6 +78,8 @@ class Facts:
     """How the model's attention is shown: a key of `training.attention.WORDS`, or ""."""
     units: Units | None = None
     """What is judged together; None where each image is by itself."""
+    by: Mapping[str, subgroups.ByColumn] = field(default_factory=dict)
+    """Of each column of `--by`."""
 
     @property
     def unit(self) -> str:
@@ -113,6 +116,12 @@ class Facts:
     @cached_property
     def groups(self) -> int:
         return len(set(self.selection.column("group")))
+
+    @cached_property
+    def judged_groups(self) -> int:
+        """Fewer than `groups` where some are never judged."""
+        names = self.selection.column("group")
+        return len({names[row] for row in self.judged.rows})
 
     @cached_property
     def limits(self) -> list[str]:
@@ -383,13 +392,14 @@ def _about_results(facts: Facts) -> dict[str, str]:
     ece: Any = values["ece"]
     return {
         "metrics": f"{', '.join(values)}.",
-        "uncertainty": "95 % intervals by bootstrap over groups, 2.5 to 97.5 percentile; fits are held fixed.",
+        "uncertainty": interval_words(facts.judged_groups),
         "results": f"{'; '.join(shown)}.",
         "guessing": f"Guessing reaches a balanced accuracy of {levels['balanced_accuracy']:.3f}.",
         "calibration": f"Probabilities by temperature scaling ({facts.card.temperature:.2f} for the final model); "
         f"expected calibration error {report.with_interval(ece['value'], ece['ci95'])}. {rule}",
         "clusters": f"Balanced accuracy of the folds: {min(folds):.3f} to {max(folds):.3f}." if folds else "",
         "explanation": f"By {WORDS[facts.method]}. Not validated." if facts.method else "",
+        "subgroups": subgroups.in_words(facts.by),
         "failures": f"See Mistakes and the {'table of labels' if facts.several else 'confusion matrix'}.",
         "internal": f"{facts.protocol}",
         "external": "",
