@@ -19,7 +19,7 @@ from cluster.errors import UsageError
 from cluster.session import Resources
 from tests.hostile import encoded, write_hostile
 from tests.runs import Pretrained, rayograph
-from training import metrics
+from training import conformal, metrics
 from training.artifact import load_model, read_card
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, TransferConfig
 from training.dataset import Dataset
@@ -28,6 +28,7 @@ from training.feed import Feed, source_of
 from training.inference import Decode, embed, predict
 from training.ingest import ingest
 from training.sources import list_source
+from training.thresholds import predictive_values
 from training.transfer import transfer
 from training.transform import Input, evaluation_view
 
@@ -154,6 +155,51 @@ def test_a_budget_of_labels_is_a_curve_whose_end_is_the_run_itself(
     classes = curve.card.classes
     ours, theirs = (rows_of(tmp_path / name / "predictions.parquet") for name in ("curve", "alone"))
     np.testing.assert_array_equal(probabilities(ours, list(classes)), probabilities(theirs, list(classes)))
+
+
+@pytest.mark.slow
+def test_sites_left_out_one_by_one_are_judged_with_all_that_is_said_of_a_transfer(
+    phantoms: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    """The statistics of a run, wired: each stands in the summary and the report, and is of the predictions on disk."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    table = pq.read_table(data / "manifest.parquet")
+    site_of = {group: "ABC"[int(group.lstrip("p")) // 8 % 3] for group in table["group"].to_pylist() if group}
+    pq.write_table(
+        table.append_column("site", pa.array([site_of.get(group) for group in table["group"].to_pylist()])),
+        data / "manifest.parquet",
+    )
+    flags = {"split": "site", "site_column": "site", "by": ("site",), "prevalence": (0.1,)}
+    summary = transfer(config(data, run, init=str(pretrained.run), task="linear", **flags))
+    rows, classes = rows_of(run / "predictions.parquet"), summary["classes"]
+    assert (summary["protocol"]["split"], summary["protocol"]["folds"]) == ("site", 3)
+    assert {(row["fold"], site_of[row["group"]]) for row in rows} == {(0, "A"), (1, "B"), (2, "C")}
+
+    said = np.asarray(classes)[probabilities(rows, classes).argmax(axis=1)]
+    right = said == np.asarray([row["truth"] for row in rows])
+    parts = summary["subgroups"]["site"]["parts"]
+    for name in "ABC":
+        own = np.asarray([site_of[row["group"]] == name for row in rows])
+        assert parts[name]["images"] == own.sum()
+        assert parts[name]["metrics"]["accuracy"]["value"] == pytest.approx(right[own].mean())
+    assert set(summary["thresholds"]) == set(classes)
+    for goals in summary["thresholds"].values():
+        for found in goals.values():
+            assert len(found["threshold_per_fold"]) == 3
+            ppv, _ = predictive_values(found["sensitivity"]["value"], found["specificity"]["value"], 0.1)
+            assert found["at_prevalence"]["0.1"]["ppv"]["value"] == pytest.approx(float(ppv), nan_ok=True)
+    assert set(summary["conformal"]) == {f"{level:.2f}" for level in conformal.LEVELS}
+    assert all(0 < sets["coverage"]["value"] <= 1 for sets in summary["conformal"].values())
+    overlap, price = summary["overlap"], summary["leak_price"]
+    assert overlap["images"] == overlap["of_images"] == len(rows) and overlap["metrics_without"] is None
+    assert price["difference"] == pytest.approx(price["by_image"] - price["by_group"])
+
+    page = (run / "report.html").read_text(encoding="utf-8")
+    titles = ("Calibration", "Thresholds", "Prediction sets", "Subgroups", "Seen before", "The price of a leak")
+    assert [title for title in titles if f">{title}</h2>" not in page] == []
+    assert "PPV at 0.1" in page and "Each site was judged by a model of the others" in page
+    assert "Balanced accuracy by site: A" in page  # in the checklist
 
 
 @pytest.mark.slow
