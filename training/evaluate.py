@@ -202,7 +202,7 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
         judged = _of_units(config, card, by_image, units, groups)
         others = [_mean(units, by_image, one.images) for one in said[1:]]
     _write_judged(config, out, selection, by_image, judged, units)
-    if config.unit == "image" and not judged.several:
+    if config.unit == "image":
         judged = replace(judged, inner=_out_of_fold_of(config.model, classes))
     overlap: Found = ([], {})
     if known.any:
@@ -239,14 +239,14 @@ def _out_of_fold_of(run: str, classes: list[str]) -> dict[tuple[int, int], Inner
     except UsageError:
         return {}
     order = [found.classes.index(name) for name in classes]
-    truth = np.argsort(order)[found.truth]
+    truth = found.truth[:, order] if found.several else np.argsort(order)[found.truth]
     return {(0, 0): Inner(truth, found.probabilities[:, order], np.arange(len(truth)))}
 
 
 def _require_comparable(config: EvaluateConfig, cards: Mapping[str, ModelCard]) -> None:
-    several = next((run for run, card in cards.items() if card.activation == "sigmoid"), None)
-    if config.against and several is not None:
-        raise UsageError(f"{several}: judges label sets, which are not compared; evaluate it without --against")
+    for run, card in cards.items():
+        if card.activation != cards[config.model].activation:
+            raise UsageError(f"{run} and {config.model}: only one of them judges label sets, so they differ in task")
 
 
 def _require_same_inputs(config: EvaluateConfig, cards: Mapping[str, ModelCard]) -> None:

@@ -30,12 +30,8 @@ def statistics_of(
     seed: int = 0,
     chosen: str = IN_FOLDS,
 ) -> Found:
-    """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions.
-
-    None of it of label sets, whose classes are judged one by one already.
-    """
-    if judged.several:
-        return [], {}
+    """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions; of label
+    sets thresholds and subgroups."""
     groups, images = selection.column("group"), selection.column("image_id")
     columns = {name: selection.column(name) for name in columns_of(by, selection.table.column_names)}
     found = statistics.Predictions(
@@ -151,7 +147,7 @@ def overlap_with(
 ) -> Found:
     """What of the judged images was seen by `who` (see `overlap_blocks`); nothing where they have seen none of
     anything."""
-    if not seen or judged.several:
+    if not seen:
         return [], {}
     groups = selection.column("group")
     blocks, entry = overlap_blocks(

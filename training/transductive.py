@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from training import metrics, report
+from training import report
 from training.bootstrap import Metric
 from training.dataset import Selection
+from training.judgement import summarise
 from training.lineage import short_digests
 
 FIRST_WEIGHTS = "The first weights"
@@ -89,12 +90,13 @@ def overlap_blocks(
     ]
 
     def summary(keep: np.ndarray) -> dict[str, Metric]:
-        return metrics.summarise(
+        return summarise(
             truth[keep],
             probabilities[keep],
             group=named[keep],
             fold=fold[keep],
             repeat=repeat[keep],
+            ordered=False,
             resamples=resamples,
             seed=seed,
         )
@@ -110,7 +112,7 @@ def overlap_blocks(
         return blocks, entry
     entry["metrics_without"] = summary(~seen)
     blocks.append(_table(summary(np.ones(len(seen), dtype=bool)), entry["metrics_without"], entry))
-    lost = sorted(set(truth.tolist()) - set(truth[~seen].tolist()))
+    lost = _classes(truth) - _classes(truth[~seen])
     if lost:
         blocks.append(
             report.Text(f"Of {len(lost)} of the classes nothing is left without them: the columns are not comparable.")
@@ -118,11 +120,17 @@ def overlap_blocks(
     return blocks, entry
 
 
+def _classes(truth: np.ndarray) -> set[int]:
+    """Those that some row is of."""
+    return set((truth if truth.ndim == 1 else np.flatnonzero(truth.any(axis=0))).tolist())
+
+
 def _table(whole: dict[str, Metric], rest: dict[str, Metric], entry: dict[str, Any]) -> report.Table:
     left = entry["of_groups"] - entry["groups"]
     cells = [
         [name, *(report.with_interval(values[name]["value"], values[name]["ci95"]) for values in (whole, rest))]
         for name in SHOWN
+        if name in whole
     ]
     headers = ["metric", f"all {entry['of_groups']:,} groups", f"the {left:,} of which nothing was seen"]
     return report.Table(headers, cells, "With and without the groups of which an image was seen [95 % interval]")
