@@ -279,6 +279,11 @@ def test_evaluate_refuses_images_of_the_models_lineage_unless_told_otherwise(
     assert summary["overlap"]["groups"] == summary["overlap"]["of_groups"] == summary["seen_groups"]
     page = (tmp_path / "allowed" / "report.html").read_text(encoding="utf-8")
     assert "106 of these images" in page and "The models have seen 106 of the 106 judged images" in page
+    assert "of which it had seen a part" in page and "external validation" not in page
+    hidden = EvaluateConfig(**allowed.as_dict() | {"images": False, "out": str(tmp_path / "hidden"), "where": ()})
+    evaluate(hidden)
+    page = (tmp_path / "hidden" / "report.html").read_text(encoding="utf-8")
+    assert "Mistakes" in page and "left out" in page
 
 
 def test_images_of_pretraining_alone_count_as_seen(probed: Path, tmp_path: Path, phantoms: Path) -> None:
@@ -314,6 +319,13 @@ def test_evaluate_judges_unseen_images_and_predict_agrees_number_by_number(
         assert row["truth"] == predicted[image]["truth"]
     ours, theirs = ([found[i] for i in judged] for found in (judged, predicted))
     np.testing.assert_allclose(probabilities(ours, classes), probabilities(theirs, classes), rtol=1e-5, atol=1e-8)
+    page = (tmp_path / "judged" / "report.html").read_text(encoding="utf-8")
+    titles = re.findall(r"<h2 [^>]*>(.*?)</h2>", page)
+    assert titles[:4] == ["What was asked", "Data", "Protocol", "Results"]
+    assert titles[-3:] == ["Mistakes", "Limits", "Checklist"] and "Thresholds" in titles
+    assert "that it had not seen" in page and "attention rollout" in page and "groups are called as groups" in page
+    assert "external validation" in page
+    assert (tmp_path / "judged" / "figures" / "mistakes.png").is_file()
 
 
 def test_labels_that_the_model_does_not_know_are_refused(probed: Path, tmp_path: Path) -> None:
@@ -347,7 +359,10 @@ def test_against_compares_out_of_fold_predictions_of_the_same_folds(
     assert rows_of(tmp_path / "out" / "predictions.parquet") == rows_of(probed / "predictions.parquet")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert (
-        "Comparison" in page and "is ahead of" in page and (tmp_path / "out" / "figures" / "differences.png").is_file()
+        "Comparison" in page
+        and "is ahead of" in page
+        and "Comparison of models by internal evaluation" in page
+        and (tmp_path / "out" / "figures" / "differences.png").is_file()
     )
     with pytest.raises(UsageError, match=r"judgements have other folds; make --seed \(3 and 0\) equal"):
         evaluate(EvaluateConfig(model=str(probed), against=(str(apart),), out=str(tmp_path / "refused")))

@@ -291,7 +291,7 @@ class _Study:
             probabilities=judged.probabilities,
             groups=[self.labels.groups[r] for r in judged.rows],
             rows=judged.rows,
-            pixels=self.pixels,
+            pixels=self.pixels.__getitem__,
             maps=looker.maps if method else None,
             method=method,
             judged="images" if self.config.unit != "image" else "",

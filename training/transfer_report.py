@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from training import report, subgroups
-from training.artifact import HEAD, WEIGHTS, ModelCard, versions
-from training.attention import WORDS
+from training.answers import about_data, about_network, about_results, spread_of_folds
+from training.artifact import HEAD, WEIGHTS, ModelCard
 from training.augment import MODALITIES, augmentation_of, described
-from training.bootstrap import interval_words
 from training.checklist import checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
@@ -21,12 +19,10 @@ from training.layers import LAST
 from training.limits import SEARCHED, Known, Searched, limits_of, sites_in
 from training.model_card import Trained, first_weights
 from training.protocol import in_words
-from training.results import class_counts, data_section, result_section, unit_blocks
+from training.results import answer_of, class_counts, data_section, question_of, result_section, unit_blocks
 from training.tasks.nearness import METRIC
 from training.units import Units
 
-MOST_CLASSES = 12
-"""Classes named in a sentence."""
 TASKS = {
     "finetune": "The whole network was trained on the labelled images (fine-tuning).",
     "linear": "The network was left as it is; a linear classifier was trained on the numbers it gives for an image.",
@@ -118,12 +114,6 @@ class Facts:
         return len(set(self.selection.column("group")))
 
     @cached_property
-    def judged_groups(self) -> int:
-        """Fewer than `groups` where some are never judged."""
-        names = self.selection.column("group")
-        return len({names[row] for row in self.judged.rows})
-
-    @cached_property
     def limits(self) -> list[str]:
         counts, (images, groups) = self.dataset.info["counts"], class_counts(self.selection, self.judged.classes)
         columns = {name: self.selection.column(name) for name in self.selection.table.column_names if name != "pixels"}
@@ -203,20 +193,12 @@ def write_transfer_report(
 
 def _asked(facts: Facts) -> list[report.Block]:
     judged, total = facts.judged, len(facts.selection)
-    names = list(judged.classes[:MOST_CLASSES])
-    listed = (
-        f"{', '.join(names[:-1])} or {names[-1]}" if len(judged.classes) <= MOST_CLASSES else ", ".join(names) + ", …"
-    )
     images = "images" if facts.config.split == "image" else "images of patients or slides"
-    shown = "the image alone" if facts.unit == "image" else f"the images of a {facts.unit} alone"
-    question = f"which of {len(judged.classes)} classes {'it shows' if facts.unit == 'image' else 'they show'}"
-    if facts.several:
-        question += ", of which there may be several"
     blocks: list[report.Block] = [
         report.Text(
-            f"Can a model tell from {shown} {question}: {listed}? It learnt from {total:,} labelled images of "
+            f"{question_of(judged, facts.unit)} It learnt from {total:,} labelled images of "
             f"{facts.groups:,} groups (data set {facts.data}) and was asked about {images} that it had not seen. "
-            f"{_answer(judged, facts.unit)}"
+            f"{answer_of(judged, facts.unit)}"
         )
     ]
     if facts.config.split == "image":
@@ -227,26 +209,6 @@ def _asked(facts: Facts) -> list[report.Block]:
             )
         )
     return blocks
-
-
-def _answer(judged: Judged, unit: str) -> str:
-    """The main figure, its interval, and what guessing reaches."""
-    metric = judged.metrics["balanced_accuracy"]
-    value, (low, high) = metric["value"], metric["ci95"]
-    level = guessing(judged.truth, len(judged.classes))["balanced_accuracy"]
-    if value is None:
-        return "The answer is not defined: no class was judged."
-    interval = "" if low is None or high is None else f" (95 % interval {low:.1%} to {high:.1%})"
-    answer = f"On average over the classes it named {value:.1%} of the {unit}s right{interval}"
-    if judged.several:
-        answer = (
-            f"On average over the classes it was right in {value:.1%} of the {unit}s{interval}, those that have the "
-            "class and those that lack it counted alike"
-        )
-    answer += f"; guessing reaches {level:.1%}."
-    if interval and low <= level:
-        answer += " That cannot be told from guessing."
-    return answer
 
 
 def _protocol(facts: Facts) -> list[report.Block]:
@@ -322,39 +284,21 @@ def checklist_facts(facts: Facts) -> dict[str, str]:
 
 
 def _about_data(facts: Facts) -> dict[str, str]:
-    counts, path = facts.dataset.info["counts"], facts.card.image_path
-    images, groups = class_counts(facts.selection, facts.judged.classes)
-    per_class = "; ".join(f"{name}: {images[name]:,} images, {groups[name]:,} groups" for name in facts.judged.classes)
-    where = " and ".join(facts.config.where)
     apart = "images only, so patients may stand on both sides" if facts.config.split == "image" else "groups"
-    return {
-        "source": f"Data set {facts.data}, version {facts.dataset.version}.",
-        "excluded": f"Of {counts['images']:,} images {counts['quarantined']:,} unreadable and {counts['duplicate']:,} "
-        f"byte-identical copies were left out; {len(facts.selection):,} labelled ones were judged.",
-        "preprocessing": f"Pixels only. Images brought to {path.height} x {path.width} ({path.fit}; grey values "
-        f"windowed: {path.window}), then normalised by channel.",
-        "subset": f"Rows with {where}." if where else "All labelled, readable images.",
-        "missing": "Images without label were not used to train the classifier; unreadable images were set aside, each "
-        f"with its reason; labelled images without a group ({counts.get('ungrouped', 0):,}) count as their own group.",
-        "copies": "Copies of an image, also near ones that were found, are in one group.",
-        "classes": f"{per_class}.",
-        "size": f"{len(facts.selection):,} images of {facts.groups:,} groups.",
+    classes, path = facts.judged.classes, facts.card.image_path
+    where = facts.config.where
+    return about_data(facts.dataset, facts.selection, classes, name=facts.data, where=where, path=path) | {
         "partitions": facts.protocol,
         "disjoint": f"Partitions are disjoint by {apart}.",
     }
 
 
 def _about_training(facts: Facts) -> dict[str, str]:
-    config, card, network = facts.config, facts.card, facts.card.architecture
+    config, card = facts.config, facts.card
     initial = card.lineage.get("initial", {})
     digest = f" (sha256 {initial['sha256'][:12]}…)" if initial.get("sha256") else ""
-    return {
-        "category": "Deep learning, image classification.",
-        "goal": f"To tell apart {len(card.classes)} classes: {', '.join(card.classes)}.",
+    return about_network(card) | {
         "design": "Development with internal evaluation.",
-        "model": f"timm {network.name}, {network.height} x {network.width} pixels, {network.channels} channels, in; "
-        f"{len(card.classes)} probabilities out.",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
         "initial": f"{facts.first_weights}{digest}.",
         "training": f"{_done(facts)} {TUNED.get(config.task) or _recipe(config)} "
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
@@ -364,8 +308,6 @@ def _about_training(facts: Facts) -> dict[str, str]:
         if config.features != "fused"
         else "Two classifiers answer, of the network's numbers and of measures of the main object; the mean counts.",
         "imbalance": IMBALANCE.get(config.task, ""),
-        "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
-        "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",
     }
 
 
@@ -384,24 +326,9 @@ def _recipe(config: TransferConfig) -> str:
 
 
 def _about_results(facts: Facts) -> dict[str, str]:
-    judged, values = facts.judged, facts.judged.metrics
-    rule = "A class is said at a probability of a half." if facts.several else "No threshold: the likeliest class wins."
-    levels = guessing(judged.truth, len(judged.classes))
-    shown = [f"{name} {report.with_interval(m['value'], m['ci95'])}" for name, m in values.items() if name != "ece"]
-    folds = [v for v in values["balanced_accuracy"]["per_fold"] if v is not None]
-    ece: Any = values["ece"]
-    return {
-        "metrics": f"{', '.join(values)}.",
-        "uncertainty": interval_words(facts.judged_groups),
-        "results": f"{'; '.join(shown)}.",
-        "guessing": f"Guessing reaches a balanced accuracy of {levels['balanced_accuracy']:.3f}.",
-        "calibration": f"Probabilities by temperature scaling ({facts.card.temperature:.2f} for the final model); "
-        f"expected calibration error {report.with_interval(ece['value'], ece['ci95'])}. {rule}",
-        "clusters": f"Balanced accuracy of the folds: {min(folds):.3f} to {max(folds):.3f}." if folds else "",
-        "explanation": f"By {WORDS[facts.method]}. Not validated." if facts.method else "",
-        "subgroups": subgroups.in_words(facts.by),
-        "failures": f"See Mistakes and the {'table of labels' if facts.several else 'confusion matrix'}.",
-        "internal": f"{facts.protocol}",
+    return about_results(facts.judged, facts.selection, facts.by, method=facts.method) | {
+        "clusters": spread_of_folds(facts.judged),
+        "internal": facts.protocol,
         "external": "",
         "limits": " ".join(facts.limits),
     }
