@@ -19,9 +19,9 @@ RAY_MODULES = {"cluster.nodes", "cluster.session", "tuning.search", "serving.dep
     for name in ("ingest", "feed", "launch", "line", "loop", "probing", "inference", "folds", "gallery")
 }
 """The thin Ray layer: the only modules that may import Ray."""
-OUTER_MODULES = {
+OUTER_MODULES = {"training.device"} | {
     f"training.{name}"
-    for name in ("ingest", "pretrain", "transfer", "fitting", "chain", "evaluate", "inference", "suggest", "device")
+    for name in ("ingest", "pretrain", "transfer", "fitting", "chain", "evaluate", "evidence", "inference", "suggest")
 }
 """The verbs, with the tasks of one of them, and what asks the session for its resources: they may reach Ray through
 others. The rest is science."""

@@ -27,8 +27,12 @@ def run(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A linear probe of 360 pictures of 90 patients on ImageNet's features, by the command line."""
     root = tmp_path_factory.mktemp("findings")
     write_findings(root / "in", 360)
+    index = root / "in" / "index.csv"
+    head, *lines = index.read_text().splitlines()
+    sides = [f"{line},{'right' if at // 4 % 2 else 'left'}" for at, line in enumerate(lines)]  # by patient
+    index.write_text("\n".join([f"{head},side", *sides]) + "\n")
     command = ["transfer", str(root / "in"), "--out", str(root / "run"), "--task", "linear", "--folds", "3"]
-    assert main([*command, "--image-size", "64"]) == 0
+    assert main([*command, "--image-size", "64", "--by", "side", "--prevalence", "0.1"]) == 0
     return root / "run"
 
 
@@ -53,7 +57,30 @@ def test_a_folder_with_label_sets_becomes_a_model_that_tells_both_findings(run: 
     assert json.loads((run / "model" / "model.json").read_text())["activation"] == "sigmoid"
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "Each label by itself" in report and "share of images whose whole set of labels is right" in report
+    assert set(summary["subgroups"]["side"]["parts"]) == {"left", "right"}
+    assert set(summary["thresholds"]) == set(CLASSES)
+    assert "0.1" in summary["thresholds"]["spot"]["Youden"]["at_prevalence"]
+    assert "Not judged, because an image may have several labels" in report and "By side" in report
     assert not (run / "figures" / "confusion.png").exists() and (run / "figures" / "reliability.png").is_file()
+
+
+def test_two_models_of_label_sets_are_compared_out_of_fold_and_on_unseen_pictures(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "knn"
+    command = ["transfer", str(run.parent / "in"), "--out", str(other), "--task", "knn", "--folds", "3"]
+    assert main([*command, "--image-size", "64"]) == 0
+    models = ["evaluate", "--model", str(run), "--against", str(other)]
+    assert main([*models, "--out", str(tmp_path / "compared")]) == 0
+    own, theirs, found = (
+        json.loads((folder / "summary.json").read_text()) for folder in (run, other, tmp_path / "compared")
+    )
+    for name in NAMES:
+        expected = own["metrics"][name]["value"] - theirs["metrics"][name]["value"]
+        assert found["against"]["knn"]["metrics"][name]["difference"] == pytest.approx(expected), name
+    fresh = write_findings(tmp_path / "new", 80, seed=5)
+    unseen = [*models, "--data", str(fresh), "--out", str(tmp_path / "unseen"), "--prevalence", "0.1"]
+    assert main(unseen) == 0
+    summary = json.loads((tmp_path / "unseen" / "summary.json").read_text())
+    assert set(summary["against"]["knn"]["metrics"]) == set(NAMES) and set(summary["thresholds"]) == set(CLASSES)
 
 
 def test_unseen_pictures_are_judged_predicted_and_answered_alike(run: Path, tmp_path: Path) -> None:

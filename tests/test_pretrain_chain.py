@@ -154,7 +154,14 @@ def test_a_run_leaves_a_row_per_step_and_the_summary_that_scripts_read(pretraine
     assert summary["final_loss"] == pytest.approx(np.mean([row["loss"] for row in steps[-STEPS:]]))
     assert summary["images_per_second"] > 0 and summary["seconds"] > 0
     assert summary["final_loss"] < steps[0]["loss"]
-    for name in ("config.yaml", "summary.json", "run.log", "model/model.json", "model/model.safetensors"):
+    for name in (
+        "config.yaml",
+        "summary.json",
+        "run.log",
+        "model/model.json",
+        "model/model.safetensors",
+        "model/README.md",
+    ):
         assert (pretrained.run / name).is_file(), name
     for name in ("loss.png", "reconstructions.png", "probes.png"):
         assert (pretrained.run / "figures" / name).read_bytes().startswith(b"\x89PNG")

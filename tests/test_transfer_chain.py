@@ -19,7 +19,7 @@ from cluster.errors import UsageError
 from cluster.session import Resources
 from tests.hostile import encoded, write_hostile
 from tests.runs import Pretrained, rayograph
-from training import metrics
+from training import conformal, metrics
 from training.artifact import load_model, read_card
 from training.configs import EvaluateConfig, InferenceConfig, IngestConfig, TransferConfig
 from training.dataset import Dataset
@@ -28,6 +28,7 @@ from training.feed import Feed, source_of
 from training.inference import Decode, embed, predict
 from training.ingest import ingest
 from training.sources import list_source
+from training.thresholds import predictive_values
 from training.transfer import transfer
 from training.transform import Input, evaluation_view
 
@@ -157,6 +158,51 @@ def test_a_budget_of_labels_is_a_curve_whose_end_is_the_run_itself(
 
 
 @pytest.mark.slow
+def test_sites_left_out_one_by_one_are_judged_with_all_that_is_said_of_a_transfer(
+    phantoms: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    """The statistics of a run, wired: each stands in the summary and the report, and is of the predictions on disk."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    table = pq.read_table(data / "manifest.parquet")
+    site_of = {group: "ABC"[int(group.lstrip("p")) // 8 % 3] for group in table["group"].to_pylist() if group}
+    pq.write_table(
+        table.append_column("site", pa.array([site_of.get(group) for group in table["group"].to_pylist()])),
+        data / "manifest.parquet",
+    )
+    flags = {"split": "site", "site_column": "site", "by": ("site",), "prevalence": (0.1,)}
+    summary = transfer(config(data, run, init=str(pretrained.run), task="linear", **flags))
+    rows, classes = rows_of(run / "predictions.parquet"), summary["classes"]
+    assert (summary["protocol"]["split"], summary["protocol"]["folds"]) == ("site", 3)
+    assert {(row["fold"], site_of[row["group"]]) for row in rows} == {(0, "A"), (1, "B"), (2, "C")}
+
+    said = np.asarray(classes)[probabilities(rows, classes).argmax(axis=1)]
+    right = said == np.asarray([row["truth"] for row in rows])
+    parts = summary["subgroups"]["site"]["parts"]
+    for name in "ABC":
+        own = np.asarray([site_of[row["group"]] == name for row in rows])
+        assert parts[name]["images"] == own.sum()
+        assert parts[name]["metrics"]["accuracy"]["value"] == pytest.approx(right[own].mean())
+    assert set(summary["thresholds"]) == set(classes)
+    for goals in summary["thresholds"].values():
+        for found in goals.values():
+            assert len(found["threshold_per_fold"]) == 3
+            ppv, _ = predictive_values(found["sensitivity"]["value"], found["specificity"]["value"], 0.1)
+            assert found["at_prevalence"]["0.1"]["ppv"]["value"] == pytest.approx(float(ppv), nan_ok=True)
+    assert set(summary["conformal"]) == {f"{level:.2f}" for level in conformal.LEVELS}
+    assert all(0 < sets["coverage"]["value"] <= 1 for sets in summary["conformal"].values())
+    overlap, price = summary["overlap"], summary["leak_price"]
+    assert overlap["images"] == overlap["of_images"] == len(rows) and overlap["metrics_without"] is None
+    assert price["difference"] == pytest.approx(price["by_image"] - price["by_group"])
+
+    page = (run / "report.html").read_text(encoding="utf-8")
+    titles = ("Calibration", "Thresholds", "Prediction sets", "Subgroups", "Seen before", "The price of a leak")
+    assert [title for title in titles if f">{title}</h2>" not in page] == []
+    assert "PPV at 0.1" in page and "Each site was judged by a model of the others" in page
+    assert "Balanced accuracy by site: A" in page  # in the checklist
+
+
+@pytest.mark.slow
 def test_an_interrupted_transfer_does_not_fit_finished_folds_again(
     phantoms: Path, pretrained: Pretrained, tmp_path: Path
 ) -> None:
@@ -230,6 +276,14 @@ def test_evaluate_refuses_images_of_the_models_lineage_unless_told_otherwise(
     allowed = EvaluateConfig(model=str(probed), data=str(phantoms), out=str(tmp_path / "allowed"), allow_seen=True)
     summary = evaluate(allowed)
     assert summary["seen"] == summary["images"] == 106
+    assert summary["overlap"]["groups"] == summary["overlap"]["of_groups"] == summary["seen_groups"]
+    page = (tmp_path / "allowed" / "report.html").read_text(encoding="utf-8")
+    assert "106 of these images" in page and "The models have seen 106 of the 106 judged images" in page
+    assert "of which it had seen a part" in page and "external validation" not in page
+    hidden = EvaluateConfig(**allowed.as_dict() | {"images": False, "out": str(tmp_path / "hidden"), "where": ()})
+    evaluate(hidden)
+    page = (tmp_path / "hidden" / "report.html").read_text(encoding="utf-8")
+    assert "Mistakes" in page and "left out" in page
 
 
 def test_images_of_pretraining_alone_count_as_seen(probed: Path, tmp_path: Path, phantoms: Path) -> None:
@@ -251,7 +305,8 @@ def test_evaluate_judges_unseen_images_and_predict_agrees_number_by_number(
     probed: Path, unseen: Path, tmp_path: Path
 ) -> None:
     summary = evaluate(EvaluateConfig(model=str(probed), data=str(unseen), out=str(tmp_path / "judged")))
-    assert summary["seen"] == 0
+    assert summary["seen"] == summary["seen_groups"] == 0 and "overlap" not in summary
+    assert summary["namesakes"] > 0  # phantoms of two seeds are patients of one name
     judged = {row["image_id"]: row for row in rows_of(tmp_path / "judged" / "predictions.parquet")}
     selection = Dataset.open(unseen).select(labelled=True)
     assert set(judged) == set(selection.column("image_id"))
@@ -264,6 +319,13 @@ def test_evaluate_judges_unseen_images_and_predict_agrees_number_by_number(
         assert row["truth"] == predicted[image]["truth"]
     ours, theirs = ([found[i] for i in judged] for found in (judged, predicted))
     np.testing.assert_allclose(probabilities(ours, classes), probabilities(theirs, classes), rtol=1e-5, atol=1e-8)
+    page = (tmp_path / "judged" / "report.html").read_text(encoding="utf-8")
+    titles = re.findall(r"<h2 [^>]*>(.*?)</h2>", page)
+    assert titles[:4] == ["What was asked", "Data", "Protocol", "Results"]
+    assert titles[-3:] == ["Mistakes", "Limits", "Checklist"] and "Thresholds" in titles
+    assert "that it had not seen" in page and "attention rollout" in page and "groups are called as groups" in page
+    assert "external validation" in page
+    assert (tmp_path / "judged" / "figures" / "mistakes.png").is_file()
 
 
 def test_labels_that_the_model_does_not_know_are_refused(probed: Path, tmp_path: Path) -> None:
@@ -297,7 +359,10 @@ def test_against_compares_out_of_fold_predictions_of_the_same_folds(
     assert rows_of(tmp_path / "out" / "predictions.parquet") == rows_of(probed / "predictions.parquet")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert (
-        "Comparison" in page and "is ahead of" in page and (tmp_path / "out" / "figures" / "differences.png").is_file()
+        "Comparison" in page
+        and "is ahead of" in page
+        and "Comparison of models by internal evaluation" in page
+        and (tmp_path / "out" / "figures" / "differences.png").is_file()
     )
     with pytest.raises(UsageError, match=r"judgements have other folds; make --seed \(3 and 0\) equal"):
         evaluate(EvaluateConfig(model=str(probed), against=(str(apart),), out=str(tmp_path / "refused")))

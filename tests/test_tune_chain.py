@@ -139,15 +139,21 @@ def test_best_yaml_feeds_transfer(tuned: tuple[Path, dict[str, Any]], phantoms: 
     out, summary = tuned
     best = yaml.safe_load((out / "best.yaml").read_text())
     assert "data" not in best and "out" not in best
+    assert best["searched_on"] == Dataset.open(phantoms).version
     assert {name: best[name] for name in SPACE} == summary["best_params"]
     run = tmp_path / "run"
     build_app().meta(
         ["transfer", "--config", str(out / "best.yaml"), "--data", str(phantoms), "--out", str(run), "--folds", "2"]
     )
     used = yaml.safe_load((run / "config.yaml").read_text())
-    wanted = TransferConfig(str(phantoms), out=str(run), folds=2, **SMALL | summary["best_params"]).identity()
+    chosen = TransferConfig(
+        str(phantoms), out=str(run), folds=2, searched_on=best["searched_on"], **SMALL | summary["best_params"]
+    )
+    wanted = chosen.identity()
     assert {name: used[name] for name in wanted} == wanted
-    assert json.loads((run / "summary.json").read_text())["metrics"]["accuracy"]["value"] > 0
+    found = json.loads((run / "summary.json").read_text())
+    assert found["metrics"]["accuracy"]["value"] > 0 and found["searched"] == "here"
+    assert "Settings were searched beforehand on this data set" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -250,6 +250,7 @@ def save_model(
     *,
     seen: Iterable[str] = (),
     labelled: Iterable[str] = (),
+    groups: Iterable[str] = (),
     files: Sequence[tuple[str, bytes]] = (),
 ) -> None:
     """`folder` holds the artifact, whole.
@@ -257,6 +258,7 @@ def save_model(
     Args:
         seen: hashes of the images of its lineage, see `training.lineage`.
         labelled: those whose labels had a part in its network's weights.
+        groups: hashes of the names of their groups.
         files: further named parts, such as the estimator.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -267,7 +269,7 @@ def save_model(
     if not card.features.plain:  # whose sha256 thereby differs: vectors of one are refused by the other
         about["features"] = json.dumps(card.features.as_dict())
     save_file(tensors, partial / WEIGHTS, metadata=about)
-    for name, content in [(lineage.SEEN, lineage.dump(seen, labelled)), *files]:
+    for name, content in [(lineage.SEEN, lineage.dump(seen, labelled, groups)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / "model.json", card.as_dict() | {"sha256": hashes})

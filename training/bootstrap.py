@@ -153,6 +153,17 @@ def tail_share(groups: int) -> float:
     return float(ndtr(stdtrit(groups - 1, 0.025) * np.sqrt(groups / (groups - 1))))
 
 
+def interval_words(groups: int) -> str:
+    """How the intervals of metrics over so many groups are made, for a reader."""
+    low = 100 * tail_share(groups) if groups > 1 else TAILS[0]
+    return (
+        "95 % intervals by a percentile bootstrap over groups, fits held fixed. Few groups would give intervals that "
+        "are too narrow, so percentiles further out are taken, where a normal distribution has the width of Student's "
+        f"interval (Hesterberg, 2015): with {groups:,} groups {low:.2f} and {100 - low:.2f}, not 2.5 and 97.5. That of "
+        "ece is moved back by its estimated bias."
+    )
+
+
 def interval(draws: Floats, point: float, groups: int, *, unbias: bool = False) -> list[float | None]:
     """The percentiles `tail_share(groups)` and 1 less that of the defined draws; fewer than two groups give none.
 

@@ -1,15 +1,15 @@
 """Several models on the same rows: differences of every metric, McNemar's test, DeLong's, and Holm's correction.
 
-Signs are `ours - theirs`: above zero, ours has the larger value, which is better of every metric but `ece`.
+Signs are `ours - theirs`: above zero, ours has the larger value, which is better of every metric but those of `LESS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtr
 from scipy.stats import binom, chi2
 
@@ -17,9 +17,12 @@ from training import multilabel
 from training.bootstrap import Floats, tail_share
 from training.delong import DeLong, delong
 from training.metrics import NAMES, paired_draws
+from training.probabilities import HALF
 
 RESAMPLES = 2000
 """Resamples of groups: the smallest p-value that they can give is 0.001."""
+LESS = frozenset({"ece", "hamming"})
+"""Metrics of which less is better."""
 EXACT_BELOW = 25
 """Discordant images from which McNemar's chi-squared approximation is used."""
 _ROUNDING = 1e-12
@@ -79,30 +82,39 @@ def compare(
     """Ours against each of the others, by name: ready for JSON.
 
     Args:
-        truth, group, fold, repeat: [M], as for `training.metrics.summarise`.
+        truth, group, fold, repeat: [M], as for `training.metrics.summarise`; truth of label sets is bool [M,C].
         ours: probabilities [M,C].
         others: name -> probabilities [M,C] of the same rows.
 
     With several others, `p_holm` is the p-value adjusted by Bonferroni-Holm (Holm, 1979) over them, each metric being a
-    question of its own: choose the metric before looking. Of McNemar it adjusts `p_group`. `delong` is for two classes.
+    question of its own: choose the metric before looking. Of McNemar it adjusts `p_group`. A label set is right as a
+    whole; `delong` is for two classes.
     """
     rows = {"group": group, "fold": fold, "repeat": repeat}
     names, sides = list(others), [np.asarray(p, dtype=np.float64) for p in others.values()]
-    t, own = np.asarray(truth, dtype=np.int64), np.asarray(ours, dtype=np.float64)
+    t, own = np.asarray(truth), np.asarray(ours, dtype=np.float64)
     found = differences(t, own, sides, **rows, resamples=resamples, seed=seed)
-    right = own.argmax(axis=1) == t
-    discordant = [mcnemar(right, p.argmax(axis=1) == t, group=group, repeat=repeat) for p in sides]
-    areas = [delong(t, own[:, 1], p[:, 1], **rows) if own.shape[1] == 2 else None for p in sides]
-    by_metric = {name: holm([one[name]["p"] for one in found]) for name in NAMES}
+    discordant = [mcnemar(_right(own, t), _right(p, t), group=group, repeat=repeat) for p in sides]
+    two = own.shape[1] == 2 and t.ndim == 1
+    areas = [delong(t, own[:, 1], p[:, 1], **rows) if two else None for p in sides]
+    measured = multilabel.NAMES if t.ndim == 2 else NAMES
+    by_metric = {name: holm([one[name]["p"] for one in found]) for name in measured}
     by_group, by_area = holm([m["p_group"] for m in discordant]), holm([a["p"] if a else None for a in areas])
     return {
         name: Comparison(
-            metrics={metric: Adjusted(**found[at][metric], p_holm=by_metric[metric][at]) for metric in NAMES},
+            metrics={metric: Adjusted(**found[at][metric], p_holm=by_metric[metric][at]) for metric in measured},
             mcnemar=AdjustedMcNemar(**discordant[at], p_holm=by_group[at]),
             delong=None if area is None else AdjustedDeLong(**area, p_holm=by_area[at]),
         )
         for at, (name, area) in enumerate(zip(names, areas, strict=True))
     }
+
+
+def _right(probabilities: Floats, truth: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which rows [M] are named right, label sets as a whole."""
+    if truth.ndim == 2:
+        return np.asarray(((probabilities >= HALF) == truth).all(axis=1))
+    return np.asarray(probabilities.argmax(axis=1) == truth)
 
 
 def differences(

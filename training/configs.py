@@ -194,6 +194,8 @@ class TransferConfig(Config):
     "Starting weights: imagenet, a RUN, timm:NAME, hf-hub:NAME, a safetensors file in timm keys, or none."
     stages: str | None = None
     "A YAML file with a chain of pretrain and transfer stages to start from, in place of --init."
+    searched_on: str | None = None
+    "Version of the DATASET that the settings were searched on; best.yaml of tune says so, and the report then warns."
     task: Task = "finetune"
     "finetune and metric train the network, metric for retrieval; linear, knn and svm judge frozen features."
     features: Literal["deep", "radiomic", "both", "fused"] = "deep"

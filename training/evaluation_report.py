@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from training import figures, report
-from training.compare import Adjusted, Comparison, Difference
+from training.compare import LESS, Adjusted, Comparison, Difference
 from training.configs import Unit
 from training.judgement import Judged
-from training.results import WORDS, result_section
+from training.results import LABEL_SET_WORDS, WORDS, result_section
 
 HEADLINE = "balanced_accuracy"
 """The metric that the sentence on top speaks of."""
@@ -83,13 +83,14 @@ def comparison_section(
 
     `images` counts what was judged once: images, or the units that they were pooled into.
     """
+    words = LABEL_SET_WORDS if "hamming" in own else WORDS
     said = [verdict(name, other, r.comparison["metrics"][HEADLINE], len(rivals)) for other, r in rivals.items()]
     blocks: list[report.Block] = [report.Text(sentence) for sentence in said]
     blocks.append(
         report.Text(
             f"All models judged the same {images:,} {unit}s of {groups:,} groups (patients, slides)"
             + (f", {repeats} times in other folds; figures are means of these. " if repeats > 1 else ". ")
-            + f"Balanced accuracy is the {WORDS[HEADLINE]}. Below, differences are {name} less the other model. Their "
+            + f"Balanced accuracy is the {words[HEADLINE]}. Below, differences are {name} less the other model. Their "
             "intervals and p-values come from one bootstrap over groups that all models share, so a group that is hard "
             "for all does not blur the difference. The fits are held fixed: this says what other patients would "
             "change, not what another training run would."
@@ -99,7 +100,7 @@ def comparison_section(
         report.Figure(
             figure,
             f"Differences of every metric between {name} and the models it is compared with, with intervals",
-            f"To the right of 0, {name} has the larger value, which is better of all but ece.",
+            f"To the right of 0, {name} has the larger value, which is better, but where less is.",
         )
     )
     blocks += [_differences_table(name, own, other, rival, len(rivals)) for other, rival in rivals.items()]
@@ -126,7 +127,7 @@ def write_evaluation_report(
 
 
 def _axis(metric: str) -> str:
-    return f"{metric.replace('_', ' ')} (less is better)" if metric == "ece" else metric.replace("_", " ")
+    return f"{metric.replace('_', ' ')} (less is better)" if metric in LESS else metric.replace("_", " ")
 
 
 def _signed(value: float | None, ci95: Sequence[float | None]) -> str:

@@ -13,7 +13,7 @@ from training.dataset import Dataset, Selection
 from training.judgement import Judged
 from training.learnt import Asked, in_summary
 from training.subgroups import columns_of
-from training.transductive import overlap_blocks, overlap_of
+from training.transductive import FIRST_WEIGHTS, overlap_blocks, overlap_of
 
 SHOWN = 4_000
 """Rows of which features are compared pair by pair, at most: evenly spread ones."""
@@ -30,12 +30,8 @@ def statistics_of(
     seed: int = 0,
     chosen: str = IN_FOLDS,
 ) -> Found:
-    """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions.
-
-    None of it of label sets, whose classes are judged one by one already.
-    """
-    if judged.several:
-        return [], {}
+    """Calibration, thresholds, prediction sets, levels of the class tree and subgroups of judged predictions; of label
+    sets thresholds and subgroups."""
     groups, images = selection.column("group"), selection.column("image_id")
     columns = {name: selection.column(name) for name in columns_of(by, selection.table.column_names)}
     found = statistics.Predictions(
@@ -140,9 +136,18 @@ STEP_WORDS = (
 )
 
 
-def overlap_with(seen: frozenset[str], dataset: Dataset, selection: Selection, judged: Judged, *, seed: int) -> Found:
-    """What of the judged images the first weights have seen; nothing where they have seen none of anything."""
-    if not seen or judged.several:
+def overlap_with(
+    seen: frozenset[str],
+    dataset: Dataset,
+    selection: Selection,
+    judged: Judged,
+    *,
+    seed: int,
+    who: str = FIRST_WEIGHTS,
+) -> Found:
+    """What of the judged images was seen by `who` (see `overlap_blocks`); nothing where they have seen none of
+    anything."""
+    if not seen:
         return [], {}
     groups = selection.column("group")
     blocks, entry = overlap_blocks(
@@ -153,6 +158,7 @@ def overlap_with(seen: frozenset[str], dataset: Dataset, selection: Selection, j
         group=[groups[row] for row in judged.rows],
         fold=judged.fold,
         repeat=judged.repeat,
+        who=who,
         seed=seed,
     )
     return [report.Section("Seen before", blocks)], {"overlap": entry}

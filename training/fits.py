@@ -21,7 +21,7 @@ MORE = "more/"
 """What a file's names of `FoldResult.more` begin with."""
 PROTOCOL = frozenset(
     {"data", "where", "folds", "repeats", "split", "site_column", "test_fraction", "label_fraction", "unit", "pooling"}
-    | {"by", "prevalence", "init", "stages"}
+    | {"by", "prevalence", "init", "stages", "searched_on"}
 )
 """Fields of a config that choose rows or first weights, which a fit's key holds themselves, or how it is told."""
 

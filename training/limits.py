@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 FEW_GROUPS = 30
 """Fewer than these, and a bootstrap over groups gives intervals that are too narrow."""
@@ -15,6 +15,32 @@ POOR_ECE = 0.05
 SKEW = 10
 """Largest class over smallest, above which rare classes deserve a word."""
 SITE_COLUMNS = ("site", "centre", "center", "hospital", "institution", "scanner", "device", "source")
+Searched = Literal["", "here", "elsewhere"]
+SEARCHED: dict[Searched, str] = {
+    "": "",
+    "here": "The settings were chosen by a search (rayograph tune) on this data: labels of images that are judged here "
+    "had a say in them, so the figures are a little too good. Those that the search itself states, of groups that it "
+    "never saw, are not.",
+    "elsewhere": "The settings were chosen by a search (rayograph tune) on another version of a data set. If that held "
+    "patients who are judged here, the figures are a little too good.",
+}
+"""What a search before the run means for its figures."""
+
+
+UNSEEN = "unseen"
+"""The split of an evaluation on images that no model was trained on."""
+RELATED = (
+    "These are other patients of the data set that the model was trained on, with its places, devices and labels: a "
+    "test that was held out, not one from outside."
+)
+SIBLINGS = (
+    "The model that is kept was fitted on all images, so nothing is left to judge it by: the figures are of its "
+    "siblings, each fitted on a part."
+)
+ONE_MODEL = (
+    "One finished model is judged: intervals say what other patients would change, and nothing of what another "
+    "training of it would."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +62,14 @@ class Known:
     """The column that seems to say where images come from, and how many values it has; see `sites_in`."""
     shared: int = 0
     """Judged images that the first weights were pretrained on."""
+    searched: Searched = ""
+    """Where the settings were searched: on the data judged `here`, or `elsewhere`."""
+    seen: str = ""
+    """What of the judged images a finished model was trained on, as the subject of a sentence."""
+    namesakes: int = 0
+    """Judged groups that are called as groups of its training are."""
+    related: bool = False
+    """Whether a finished model is judged on other patients of its own data set."""
     conflicting: int = 0
     """Sets of copies with different labels."""
     quarantined: float = 0.0
@@ -75,11 +109,20 @@ def _leaks(known: Known) -> list[str]:
             "transductive setting. No label leaked, but pictures of new patients will be new to the network in a way "
             "that these were not."
         )
+    if known.seen:
+        found.append(f"Seen in training or pretraining: {known.seen}. The figures are too good for new patients.")
+    if known.namesakes:
+        found.append(
+            f"{known.namesakes:,} judged groups are called as groups of the training are. If they are the same "
+            "patients, the figures are too good."
+        )
+    if known.searched:
+        found.append(SEARCHED[known.searched])
     return found
 
 
 def _sample(known: Known) -> list[str]:
-    found = []
+    found = [RELATED] if known.related else []
     if known.groups < FEW_GROUPS:
         found.append(
             f"Only {known.groups} groups: intervals from so few are themselves uncertain, and rather too narrow."
@@ -129,10 +172,7 @@ def _figures(known: Known) -> list[str]:
             f"Uncalibrated: stated probabilities are off by {value:.2f} on average (interval from {low:.2f}). "
             "Read them as an order, not as chances."
         )
-    found.append(
-        "The model that is kept was fitted on all images, so nothing is left to judge it by: the figures are of its "
-        "siblings, each fitted on a part."
-    )
+    found.append(ONE_MODEL if known.split == UNSEEN else SIBLINGS)
     return found
 
 

@@ -1,7 +1,11 @@
-"""Which images a model has seen, with and without their labels. Kept as hashes beside the model."""
+"""Which images a model has seen, with and without their labels, and of which groups. Kept as hashes beside the model.
+
+A hash of a picture gives nothing away; one of a group's name does to whoever can list the names that it may be.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,11 @@ from safetensors.numpy import load_file, save
 from cluster import storage
 from training.dataset import Selection
 from training.nearby import CARD, nearby
+from training.overlap import OWN
 
 SEEN = "seen.safetensors"
 _BYTES = 16
-"""Bytes kept of each image's sha256: enough that no two images share them."""
+"""Bytes kept of each sha256: enough that no two images share them."""
 
 
 def own_images(selection: Selection) -> frozenset[str]:
@@ -26,6 +31,17 @@ def own_images(selection: Selection) -> frozenset[str]:
 def short_digests(selection: Selection) -> list[str]:
     """The same, one per row in order."""
     return [digest[: 2 * _BYTES] for digest in selection.column("sha256")]
+
+
+def group_digests(groups: Iterable[str]) -> dict[str, str]:
+    """Shortened sha256 of the name of each group that was given one."""
+    names = {group for group in groups if group and not group.startswith(OWN)}
+    return {name: hashlib.sha256(name.encode()).hexdigest()[: 2 * _BYTES] for name in names}
+
+
+def own_groups(selection: Selection) -> frozenset[str]:
+    """Those of the groups of a selection."""
+    return frozenset(group_digests(selection.column("group")).values())
 
 
 def seen_by(run: str) -> frozenset[str]:
@@ -49,13 +65,25 @@ def labelled_by(run: str) -> frozenset[str]:
     return _digests(tensors["sha256"]) if _used_labels(lineage) else frozenset()
 
 
-def dump(seen: Iterable[str], labelled: Iterable[str] = ()) -> bytes:
-    """The file `SEEN`, in a canonical order: all images, and for each whether its label was used."""
+def named_by(run: str) -> frozenset[str]:
+    """As `group_digests`, of the groups of `seen_by`; nothing of a model written before these were kept."""
+    folder = _model_of(run)
+    tensors = load_file(folder / SEEN) if folder else {}
+    return _digests(tensors["groups"]) if "groups" in tensors else frozenset()
+
+
+def dump(seen: Iterable[str], labelled: Iterable[str] = (), groups: Iterable[str] = ()) -> bytes:
+    """The file `SEEN`, in a canonical order: all images, for each whether its label was used, and their groups."""
     with_labels = frozenset(labelled)
     digests = sorted(frozenset(seen) | with_labels)
-    rows = [np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in digests]
     flags = np.asarray([digest in with_labels for digest in digests], dtype=np.uint8)
-    return bytes(save({"sha256": np.stack(rows) if rows else np.empty((0, _BYTES), dtype=np.uint8), "labelled": flags}))
+    return bytes(save({"sha256": _rows(digests), "labelled": flags, "groups": _rows(sorted(frozenset(groups)))}))
+
+
+def _rows(digests: list[str]) -> np.ndarray:
+    """uint8 [N, 16]"""
+    rows = [np.frombuffer(bytes.fromhex(digest), dtype=np.uint8) for digest in digests]
+    return np.stack(rows) if rows else np.empty((0, _BYTES), dtype=np.uint8)
 
 
 def _model_of(run: str) -> Path | None:

@@ -20,8 +20,14 @@ MISTAKES, HITS = 12, 6
 PER_GROUP = 2
 """Of one group at most: one odd patient must not fill the page."""
 
+Pictures = Callable[[np.ndarray], np.ndarray]
+"""Rows [n] of the data -> their pictures uint8 [n, H, W, C]."""
 Maps = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(pixels [N, H, W, C], class indices [N]) -> maps [N, H, W] in 0..1, see `training.attention`."""
+OUT_OF_FOLD = (
+    "What was said, and how surely, is the judgement of a model that was not trained on the picture; the colours show "
+    "where the final model looks, which was fitted again on all pictures, this one too."
+)
 
 
 def confident_mistakes(
@@ -106,19 +112,21 @@ def mistakes_section(
     probabilities: np.ndarray,
     groups: Sequence[str],
     rows: np.ndarray,
-    pixels: np.ndarray,
+    pixels: Pictures,
     maps: Maps | None,
     method: str,
     judged: str = "",
+    whose: str = OUT_OF_FOLD,
 ) -> report.Section:
     """The section "Mistakes"; `folder` holds mistakes.png and hesitant.png where there is something to show.
 
     Args:
-        truth, probabilities, groups, rows: [M], see `confident_mistakes`; predictions made out of fold.
-        pixels: uint8 [N, H, W, C], which `rows` index.
+        truth, probabilities, groups, rows: [M], see `confident_mistakes`.
+        pixels: gives the pictures uint8 [n, H, W, C] of some of `rows`.
         maps: of the final model; None where it has none.
         method: a key of `training.attention.WORDS`, or "".
         judged: of what, where the report's figures are of something else, such as "images".
+        whose: sentences on whose the judgements are, and whose the maps.
     """
     folder.mkdir(exist_ok=True)
     wrong = confident_mistakes(truth, probabilities, groups, rows)
@@ -139,9 +147,7 @@ def mistakes_section(
         blocks.append(
             report.Text(
                 "Beside each picture stands the same picture with a coloured layer, violet for little and yellow "
-                f"for much. It is {WORDS[method]}. What was said, and how surely, is the judgement of a model that was "
-                "not trained on the picture; the colours show where the final model looks, which was fitted again on "
-                "all pictures, this one too. The layer does not say why the answer was wrong."
+                f"for much. It is {WORDS[method]}. {whose} The layer does not say why the answer was wrong."
             )
         )
     for places, name, what in (
@@ -149,7 +155,7 @@ def mistakes_section(
         (unsure, "hesitant.png", "Right answers of which the model was least certain"),
     ):
         if len(places):
-            blocks += _gallery(folder / name, what, places, classes, truth, probabilities, pixels[rows[places]], maps)
+            blocks += _gallery(folder / name, what, places, classes, truth, probabilities, pixels(rows[places]), maps)
     if not len(wrong):
         blocks.append(report.Text("There was no mistake to show."))
     return report.Section("Mistakes", blocks)
@@ -176,7 +182,7 @@ def _gallery(
         table.append([str(number), line.truth, line.said, *line.more])
     overlays = None if maps is None else maps(pictures, np.asarray(asked))
     figures.overlays(pictures, overlays, captions, path)
-    beside = ", each beside its map of where the final model looks" if overlays is not None else ""
+    beside = ", each beside its map of where the model looks" if overlays is not None else ""
     meant = "of the label named after it" if several else "the model gave to what it said"
     return [
         report.Figure(

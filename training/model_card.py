@@ -70,11 +70,11 @@ def _front_matter(card: ModelCard, trained: Trained) -> str:
         "metrics": [entry["type"] for entry in results],
         "model-index": [
             {
-                "name": _one_line(trained.name),
+                "name": one_line(trained.name),
                 "results": [
                     {
                         "task": {"type": "image-classification"},
-                        "dataset": {"name": _one_line(trained.data), "type": "private"},
+                        "dataset": {"name": one_line(trained.data), "type": "private"},
                         "metrics": results,
                     }
                 ],
@@ -87,7 +87,7 @@ def _front_matter(card: ModelCard, trained: Trained) -> str:
 
 def _body(card: ModelCard, trained: Trained) -> str:
     title = [
-        f"# {_escaped(trained.name)}",
+        f"# {escaped(trained.name)}",
         "",
         "**Research use only; not a medical device. Do not base decisions about patients on it.**",
         "",
@@ -99,9 +99,9 @@ def _body(card: ModelCard, trained: Trained) -> str:
 
 
 def _sections(card: ModelCard, trained: Trained) -> dict[str, list[str]]:
-    counts = [[_escaped(name), f"{count:,}"] for name, count in trained.images.items()]
-    figures = [[_escaped(name), with_interval(m["value"], m["ci95"])] for name, m in trained.metrics.items()]
-    limits = [f"- {_escaped(limit)}" for limit in trained.limits]
+    counts = [[escaped(name), f"{count:,}"] for name, count in trained.images.items()]
+    figures = [[escaped(name), with_interval(m["value"], m["ci95"])] for name, m in trained.metrics.items()]
+    limits = [f"- {escaped(limit)}" for limit in trained.limits]
     several = card.activation == "sigmoid"
     scores = "logits" if several else "logarithms"
     told = "It always names one of its classes, also for an image that shows none of them."
@@ -115,12 +115,12 @@ def _sections(card: ModelCard, trained: Trained) -> dict[str, list[str]]:
         ],
         "Training data": [
             f"{trained.labelled:,} labelled images of {trained.groups:,} groups (patients, slides) of the "
-            f"data set {_escaped(trained.data)}, version `{card.lineage.get('dataset', 'unknown')}`.",
+            f"data set {escaped(trained.data)}, version `{card.lineage.get('dataset', 'unknown')}`.",
             "",
             *_table(["class", "images"], counts),
         ],
         "How it was judged": [
-            _escaped(trained.protocol),
+            escaped(trained.protocol),
             "",
             *_table(["metric", "value [95 % interval]"], figures),
             "",
@@ -149,8 +149,8 @@ def _model(card: ModelCard) -> list[str]:
     return [
         f"- Network: `{network.name}` of timm, {network.height} x {network.width} pixels, {network.channels} channels; "
         f"classifier: {classifier}",
-        f"- First weights: {_escaped(first_weights(str(initial.get('init', 'unknown'))))}{digest}",
-        f"- Input: values in 0 to 1, less {_numbers(shown.mean)}, divided by {_numbers(shown.std)}; images are brought "
+        f"- First weights: {escaped(first_weights(str(initial.get('init', 'unknown'))))}{digest}",
+        f"- Input: values in 0 to 1, less {numbers(shown.mean)}, divided by {numbers(shown.std)}; images are brought "
         f"to {card.image_path.height} x {card.image_path.width} by `{card.image_path.fit}` first",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
     ]
@@ -185,15 +185,15 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def _numbers(values: Sequence[float]) -> str:
+def numbers(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """One line in which no character is Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", _one_line(text))
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", one_line(text))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A line `---` in a name would end the front matter."""
     return " ".join(text.split())

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from training.dataset import Dataset, Selection
 
-_OWN = "image:"
+OWN = "image:"
 """How ingest begins the group of an image that was given none: the same name elsewhere means nothing."""
 
 
@@ -56,7 +56,7 @@ def overlap_between(
     linked = _groups_with({s for s, _ in own}, stage_manifest) & their_groups
     twins = {s for s, g in _pairs(stage_manifest) if g in linked}
     shared |= {g for s, g in own if s in twins}
-    named = {g for g in own_groups & their_groups if not g.startswith(_OWN)}
+    named = {g for g in own_groups & their_groups if not g.startswith(OWN)}
     if same:
         shared |= own_groups & their_groups
     images = sum(s in their_images for s, _ in own)

@@ -16,7 +16,7 @@ import yaml
 from cluster import storage
 from cluster.errors import UsageError
 from cluster.outdir import short
-from training.dataset import Selection, label_of
+from training.dataset import Selection, label_of, truth_of
 from training.judgement import Judged
 from training.units import Units
 
@@ -66,15 +66,16 @@ class Predictions:
     classes: list[str]
     config: dict[str, Any]
     protocol: dict[str, Any]
+    several: bool = False
+    """Whether an image may have several labels."""
 
     def column(self, name: str) -> list[Any]:
         return list(self.table[name].to_pylist())
 
     @cached_property
     def truth(self) -> np.ndarray:
-        """[M] indices of `classes`."""
-        place = {name: at for at, name in enumerate(self.classes)}
-        return np.asarray([place[label] for label in self.column("truth")], dtype=np.int64)
+        """[M] indices of `classes`, or label sets bool [M, K]."""
+        return truth_of(self.column("truth"), self.classes, several=self.several)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -91,7 +92,7 @@ def read_predictions(run: str) -> Predictions:
     """The out-of-fold predictions of a finished RUN of `transfer`, local or remote; its model folder names it, too.
 
     Raises:
-        UsageError: it is not one, has not finished, or has several labels per image.
+        UsageError: it is not one, has not finished, or says of label sets that they are single classes.
     """
     inside = storage.name_of(run) == "model" and "config.yaml" not in storage.list_names(run)
     root = storage.sibling(storage.located(run), "") if inside else run
@@ -106,12 +107,11 @@ def read_predictions(run: str) -> Predictions:
     summary = storage.read_json(storage.join(root, "summary.json"))
     table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(root, FILE))))
     classes = [str(name) for name in summary["classes"]]
-    if summary.get("multi_label"):
-        raise UsageError(f"{run}: judges label sets, which are not compared; give RUNs of one label per image")
+    several = bool(summary.get("multi_label"))
     strange = set(table["truth"].to_pylist()) - set(classes)
-    if strange:
+    if strange and not several:
         raise UsageError(f"{run}: label {min(strange)!r} is no single class; give RUNs of one label per image")
-    return Predictions(run, table, classes, config, summary["protocol"])
+    return Predictions(run, table, classes, config, summary["protocol"], several)
 
 
 def aligned(ours: Predictions, theirs: Predictions) -> np.ndarray:
@@ -130,6 +130,9 @@ def aligned(ours: Predictions, theirs: Predictions) -> np.ndarray:
 
 def _difference(ours: Predictions, theirs: Predictions) -> str:
     """In which respect the two are not of the same rows, in words; nothing where they are."""
+    if ours.several != theirs.several:
+        owner = ours.run if ours.several else theirs.run
+        return f"only {owner} judges label sets"
     if set(ours.classes) != set(theirs.classes):
         name = min(set(ours.classes) ^ set(theirs.classes))
         owner = ours.run if name in ours.classes else theirs.run

@@ -25,12 +25,14 @@ from training.dataset import Dataset, Selection
 from training.desk import METRICS, read_metrics
 from training.device import choose_device, device_in, precision_of, require_room, workers_between
 from training.encoder import Architecture, architecture_for
+from training.encoder_card import encoder_card
 from training.feed import source_of
 from training.ingest import resolve_data
 from training.launch import Team, launch
-from training.lineage import labelled_by, own_images, seen_by
+from training.lineage import labelled_by, named_by, own_groups, own_images, seen_by
 from training.loop import Job, Learner, build
 from training.methods import METHODS, NEED_VIT, check_method
+from training.model_card import README
 from training.pretrain_report import Facts, speed_of, write_pretrain_report
 from training.probe import SCALARS
 from training.probing import Probing
@@ -200,7 +202,12 @@ def _finish(
     sources = [wanted.init for wanted in (job.wanted, job.teacher) if wanted]
     seen = own_images(selection).union(*map(seen_by, sources))
     labelled = frozenset[str]().union(*map(labelled_by, sources))
-    save_model(out.path / "model", card, encoder, seen=seen, labelled=labelled)
+    groups = own_groups(selection).union(*map(named_by, sources))
+    scores = {name: rows[-1][name] for name in SCALARS if probing and name in rows[-1]}
+    data = Path(job.config.data.rstrip("/")).name
+    about = encoder_card(card, name=storage.name_of(out.uri), data=data, scores=scores)
+    known = {"seen": seen, "labelled": labelled, "groups": groups}
+    save_model(out.path / "model", card, encoder, **known, files=[(README, about.encode())])
     flops = speed.flops_per_image(module, module.views(learner.input))
     threads = cores() if job.wanted.device == "cpu" else 1
     peak = speed.matmul_peak_gflops(threads, device=job.wanted.device, precision=job.precision)
@@ -236,7 +243,7 @@ def _finish(
     if proof:
         summary |= {"receipt": vars(proof)}
         say(proof.sentence)
-    summary |= {name: rows[-1][name] for name in SCALARS if probing and name in rows[-1]}
+    summary |= scores
     out.finish(summary)
     say(
         f"done: loss {summary['final_loss']:.4f}, {summary['images_per_second']:,.0f} images/s; load it elsewhere with:"

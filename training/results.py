@@ -39,6 +39,8 @@ LABEL_SET_WORDS = {
     "average_precision": "mean precision along the ranking by probability (mAP), mean over labels and folds",
     "ece": "expected calibration error of all labels' probabilities, 0 is best",
 }
+MOST_CLASSES = 12
+"""Classes named in a sentence."""
 
 
 def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ()) -> None:
@@ -251,3 +253,39 @@ def result_section(out: Path, judged: Judged, caption: str, learning: bool) -> r
             )
         )
     return report.Section("Results", blocks)
+
+
+# The question and its answer, in words
+
+
+def question_of(judged: Judged, unit: str) -> str:
+    """What was to be told apart from what; `unit`: image, case or group."""
+    names = list(judged.classes[:MOST_CLASSES])
+    listed = (
+        f"{', '.join(names[:-1])} or {names[-1]}" if len(judged.classes) <= MOST_CLASSES else ", ".join(names) + ", …"
+    )
+    shown = "the image alone" if unit == "image" else f"the images of a {unit} alone"
+    question = f"which of {len(judged.classes)} classes {'it shows' if unit == 'image' else 'they show'}"
+    if judged.several:
+        question += ", of which there may be several"
+    return f"Can a model tell from {shown} {question}: {listed}?"
+
+
+def answer_of(judged: Judged, unit: str) -> str:
+    """The main figure, its interval, and what guessing reaches."""
+    metric = judged.metrics["balanced_accuracy"]
+    value, (low, high) = metric["value"], metric["ci95"]
+    level = guessing(judged.truth, len(judged.classes))["balanced_accuracy"]
+    if value is None:
+        return "The answer is not defined: no class was judged."
+    interval = "" if low is None or high is None else f" (95 % interval {low:.1%} to {high:.1%})"
+    answer = f"On average over the classes it named {value:.1%} of the {unit}s right{interval}"
+    if judged.several:
+        answer = (
+            f"On average over the classes it was right in {value:.1%} of the {unit}s{interval}, those that have the "
+            "class and those that lack it counted alike"
+        )
+    answer += f"; guessing reaches {level:.1%}."
+    if interval and low <= level:
+        answer += " That cannot be told from guessing."
+    return answer

@@ -231,6 +231,8 @@ def key_of(
         network: what `--preset auto` and sizes come to on this machine.
     """
     settings = {k: v for k, v in config.identity().items() if k not in {"data", "init", "stages"}}
+    if settings.get("searched_on", "") is None:  # says nothing of the weights, and keys of before it was known stand
+        del settings["searched_on"]
     if isinstance(config, PretrainConfig) and METHODS[config.method].NEEDS_TEACHER:
         settings["teacher"] = origin_key(config.teacher)
     content = [FORMAT, artifact.FORMAT, verb, settings, dataset, before, network.as_dict() if network else None]

@@ -15,7 +15,6 @@ from training.calibration import (
     IN_FOLDS,
     Fold,
     Inner,
-    apply_temperature,
     fold_temperatures,
     isotonic_by_fold,
     rows_by_fold,
@@ -23,12 +22,16 @@ from training.calibration import (
     squared_errors,
 )
 from training.metrics import BINS, bin_gaps
+from training.probabilities import calibrated, temperature_for
 from training.report import Block, Section, Table, Text, with_interval
+
+Part = tuple[list[Section], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions of M rows, made by models that had not seen them.
+    """Predictions of M rows, made by models that had not seen them; truth is class numbers [M], or label sets bool
+    [M,K].
 
     `raw` [M,K] are the model's own probabilities and `inner` holds, for each (repeat, fold), such probabilities of
     rows of its training side; `probabilities` [M,K] are those that the run is judged by. For a model judged on new
@@ -38,7 +41,7 @@ class Predictions:
     """
 
     classes: Sequence[str]
-    truth: NDArray[np.int64]
+    truth: NDArray[Any]
     raw: Floats
     probabilities: Floats
     image: ArrayLike
@@ -50,15 +53,19 @@ class Predictions:
     """Where `inner` comes from."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.truth.ndim == 2
 
-def sections_for(
-    found: Predictions, *, prevalence: Sequence[float] = (), resamples: int = 1000, seed: int = 0
-) -> tuple[list[Section], dict[str, Any]]:
+
+def sections_for(found: Predictions, *, prevalence: Sequence[float] = (), resamples: int = 1000, seed: int = 0) -> Part:
     """Sections on calibration, thresholds, prediction sets, the class tree and subgroups, and plain JSON.
 
     The dict is to be merged into `summary.json`: `metrics` (`brier`; where classes are paths in a tree also
     `hierarchical_*` and `level_1/…`), `calibration`, `thresholds`, `conformal`, `subgroups`. Without inner
-    predictions there are no thresholds and no sets, without a tree no levels, without columns no subgroups.
+    predictions there are no thresholds and no sets, without a tree no levels, without columns no subgroups. Of label
+    sets there are thresholds and subgroups, and words on what is missing.
 
     Raises:
         ValueError: shapes differ, or `inner` lacks a fold of the rows.
@@ -68,21 +75,14 @@ def sections_for(
         raise ValueError(f"inner: no predictions of (repeat, fold) {min(missing)}; give those of every fold, or none")
     units = Units.of(found.group, found.fold, found.repeat, resamples=resamples, seed=seed)
     sections: list[Section] = []
-    summary: dict[str, Any] = {"metrics": {"brier": brier(found.probabilities, found.truth, units)}}
-    for part in (_calibration, _thresholds, _sets):
+    summary: dict[str, Any] = {"metrics": {}}
+    if not found.several:
+        summary["metrics"]["brier"] = brier(found.probabilities, found.truth, units)
+    for part in (_thresholds, _not_of_label_sets) if found.several else (_calibration, _thresholds, _sets):
         section, values = part(found, units, prevalence)
         sections += section
         summary |= values
-    tree = hierarchical.summarise(
-        found.classes,
-        found.truth,
-        found.probabilities,
-        group=found.group,
-        fold=found.fold,
-        repeat=found.repeat,
-        resamples=resamples,
-        seed=seed,
-    )
+    tree = {} if found.several else _tree(found, resamples, seed)
     if tree:
         summary["metrics"] |= tree
         sections.append(Section("Levels of the class tree", _levels(tree)))
@@ -95,6 +95,19 @@ def sections_for(
         summary["subgroups"] = tables
         sections.append(Section("Subgroups", subgroups.blocks(tables)))
     return sections, summary
+
+
+def _tree(found: Predictions, resamples: int, seed: int) -> dict[str, Metric]:
+    return hierarchical.summarise(
+        found.classes,
+        found.truth,
+        found.probabilities,
+        group=found.group,
+        fold=found.fold,
+        repeat=found.repeat,
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 def brier(probabilities: ArrayLike, truth: ArrayLike, units: Units) -> Metric:
@@ -110,9 +123,7 @@ def calibration_error(probabilities: ArrayLike, truth: ArrayLike, units: Units) 
     return error.metrics(unbias=True)[0]
 
 
-def _calibration(
-    found: Predictions, units: Units, _prevalence: Sequence[float]
-) -> tuple[list[Section], dict[str, Any]]:
+def _calibration(found: Predictions, units: Units, _prevalence: Sequence[float]) -> Part:
     versions = {"raw": found.raw}
     temperatures: dict[Fold, float] = {}
     if found.inner:
@@ -142,17 +153,33 @@ def _calibration(
     return [Section("Calibration", blocks)], {"calibration": values | per_fold}
 
 
-def _thresholds(found: Predictions, units: Units, prevalence: Sequence[float]) -> tuple[list[Section], dict[str, Any]]:
+def _thresholds(found: Predictions, units: Units, prevalence: Sequence[float]) -> Part:
     if not found.inner:
-        return [], {}
-    temperatures = fold_temperatures(found.inner)
-    inner = {one: (i.truth, apply_temperature(i.raw, temperatures[one])) for one, i in found.inner.items()}
-    scaled = scaled_by_fold(found.raw, found.fold, found.repeat, temperatures)
+        return ([Section("Thresholds", [Text(NO_THRESHOLDS)])] if prevalence else []), {}
+    several, scaled = found.several, np.array(found.raw, dtype=np.float64)
+    temperatures = {one: temperature_for(i.raw, i.truth) for one, i in found.inner.items()}
+    inner = {one: (i.truth, calibrated(i.raw, temperatures[one], several=several)) for one, i in found.inner.items()}
+    for one, rows in rows_by_fold(found.fold, found.repeat).items():
+        scaled[rows] = calibrated(scaled[rows], temperatures[one], several=several)
     judged = thresholds.judge(found.classes, found.truth, scaled, found.fold, found.repeat, inner, units, prevalence)
-    return [Section("Thresholds", thresholds.blocks(judged, found.chosen))], {"thresholds": judged}
+    return [Section("Thresholds", thresholds.blocks(judged, found.chosen, several=several))], {"thresholds": judged}
 
 
-def _sets(found: Predictions, units: Units, _prevalence: Sequence[float]) -> tuple[list[Section], dict[str, Any]]:
+NO_THRESHOLDS = (
+    "Predictive values at a prevalence need thresholds, and there is nothing that they may be chosen on: no "
+    "predictions that a RUN of transfer made of its own images, out of fold and one by one."
+)
+NOT_OF_LABEL_SETS = (
+    "Not judged, because an image may have several labels: calibration other than by one temperature, prediction sets "
+    "with a stated coverage, levels of a class tree, and the price of a split by image."
+)
+
+
+def _not_of_label_sets(_found: Predictions, _units: Units, _prevalence: Sequence[float]) -> Part:
+    return [Section("Not judged", [Text(NOT_OF_LABEL_SETS)])], {}
+
+
+def _sets(found: Predictions, units: Units, _prevalence: Sequence[float]) -> Part:
     if not found.inner:
         return [], {}
     sets = {

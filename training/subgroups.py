@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cluster.errors import UsageError, nearest
-from training import metrics
+from training import metrics, multilabel
 from training.bootstrap import Metric, Units, mean_defined, ratio
+from training.probabilities import HALF
 from training.report import Block, Table, Text, with_interval
 
 SHOWN = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece")
@@ -47,9 +48,10 @@ class ByColumn(TypedDict):
 
 
 class Rows(NamedTuple):
-    """Judged predictions, [M] and [M,K]; `image` [M] tells images apart where repeats judge one again."""
+    """Judged predictions, [M] and [M,K]; the truth of label sets is bool [M,K]; `image` [M] tells images apart where
+    repeats judge one again."""
 
-    truth: NDArray[np.int64]
+    truth: NDArray[Any]
     probabilities: NDArray[np.float64]
     image: ArrayLike
     group: ArrayLike
@@ -98,18 +100,20 @@ def banded(values: Sequence[Any]) -> tuple[list[str], list[str]]:
 def by_column(rows: Rows, values: Sequence[Any], *, resamples: int = 1000, seed: int = 0) -> ByColumn:
     """Metrics of the rows of each value of a column [M], and the gap between the best and the worst.
 
-    Values with fewer than `FEWEST_GROUPS` groups, or without a row of every class, are marked and not compared.
-    The gap's interval is that of the difference between these two, from the same resamples of groups.
+    Values with fewer than `FEWEST_GROUPS` groups, or without a row of every class (of label sets: one with and one
+    without each label), are marked and not compared. The gap's interval is that of the difference between
+    these two, from the same resamples of groups.
     """
     texts, names = banded(values)
-    which, classes = np.asarray(texts), set(rows.truth.tolist())
+    which, classes = np.asarray(texts), _told_apart(rows.truth)
+    summarise = multilabel.summarise if rows.truth.ndim == 2 else metrics.summarise
     parts = {}
     for name in names:
         keep = which == name
         group = np.asarray(rows.group, dtype=str)[keep]
         marks = ["few groups"] if len(set(group)) < FEWEST_GROUPS else []
-        marks += ["lacks a class"] if set(rows.truth[keep].tolist()) != classes else []
-        found = metrics.summarise(
+        marks += ["lacks a class"] if _told_apart(rows.truth[keep]) != classes else []
+        found = summarise(
             rows.truth[keep],
             rows.probabilities[keep],
             group=group,
@@ -130,12 +134,8 @@ def _gap(rows: Rows, which: NDArray[np.str_], parts: Mapping[str, Part], resampl
     if len(known) < 2:
         return None
     best, worst = max(known, key=lambda n: known[n]), min(known, key=lambda n: known[n])
-    size = rows.probabilities.shape[1]
-    right = rows.probabilities.argmax(axis=1) == rows.truth
-    of_class = np.eye(size, dtype=bool)[rows.truth]
-    columns = [
-        of_class * (which == name)[:, None] * one[:, None] for name in (best, worst) for one in (right, right | True)
-    ]
+    right, of = _cells(rows)
+    columns = [one * (which == name)[:, None] for name in (best, worst) for one in (right, of)]
     units = Units.of(rows.group, rows.fold, rows.repeat, resamples=resamples, seed=seed)
 
     def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -144,6 +144,24 @@ def _gap(rows: Rows, which: NDArray[np.str_], parts: Mapping[str, Part], resampl
 
     (metric,) = units.draw(np.hstack(columns).astype(np.float64), difference).metrics()
     return Gap(best=best, worst=worst, balanced_accuracy=metric)
+
+
+def _told_apart(truth: NDArray[Any]) -> set[int]:
+    """The classes that some row is of; of label sets the labels that some rows have and others lack."""
+    if truth.ndim == 1:
+        return set(truth.tolist())
+    return set(np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0)).tolist())
+
+
+def _cells(rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """[M,Q] each: rows that are right, and all, by class; of label sets by label, what has it before what lacks it.
+    The mean of their ratios is the balanced accuracy."""
+    if rows.truth.ndim == 2:
+        of = np.hstack([rows.truth, ~rows.truth])
+        said = rows.probabilities >= HALF
+        return of & np.hstack([said, ~said]), of
+    of = np.eye(rows.probabilities.shape[1], dtype=bool)[rows.truth]
+    return of & (rows.probabilities.argmax(axis=1) == rows.truth)[:, None], of
 
 
 def _mean_recall(right: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,7 +180,7 @@ def blocks(results: Mapping[str, ByColumn]) -> list[Block]:
     for column, table in results.items():
         rows = [
             [
-                f"{name} ({', '.join(part['marks'])})" if part["marks"] else name,
+                _marked(name, part),
                 f"{part['images']:,}",
                 f"{part['groups']:,}",
                 *(with_interval(part["metrics"][m]["value"], part["metrics"][m]["ci95"]) for m in SHOWN),
@@ -172,6 +190,25 @@ def blocks(results: Mapping[str, ByColumn]) -> list[Block]:
         found.append(Table([column, "images", "groups", *(m.replace("_", " ") for m in SHOWN)], rows, f"By {column}"))
         found.append(Text(_sentence(column, table["gap"])))
     return found
+
+
+def in_words(results: Mapping[str, ByColumn]) -> str:
+    """The same in a few sentences; nothing where no column was asked for."""
+    return " ".join(
+        f"{_values(column, table['parts'])} {_sentence(column, table['gap'])}" for column, table in results.items()
+    )
+
+
+def _values(column: str, parts: Mapping[str, Part]) -> str:
+    if len(parts) > LARGEST:
+        return f"Balanced accuracy was judged for each of {len(parts)} values of {column}, see Subgroups."
+    named = {_marked(name, part): part["metrics"][GAP] for name, part in parts.items()}
+    shown = "; ".join(f"{name} {with_interval(m['value'], m['ci95'])}" for name, m in named.items())
+    return f"Balanced accuracy by {column}: {shown}."
+
+
+def _marked(name: str, part: Part) -> str:
+    return f"{name} ({', '.join(part['marks'])})" if part["marks"] else name
 
 
 def _sentence(column: str, gap: Gap | None) -> str:

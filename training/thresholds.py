@@ -20,7 +20,7 @@ GOALS: dict[str, float | None] = {"sensitivity 0.90": 0.90, "sensitivity 0.95": 
 RATES = ("sensitivity", "specificity", "ppv", "npv")
 
 Scores = tuple[ArrayLike, ArrayLike]
-"""Truth [I] and probabilities [I,K]."""
+"""Truth [I], or of label sets bool [I,K], and probabilities [I,K]."""
 
 
 class Judgement(TypedDict):
@@ -64,12 +64,13 @@ def judge(
     units: Units,
     prevalence: Sequence[float] = (),
 ) -> dict[str, dict[str, Judgement]]:
-    """`{class: {goal: Judgement}}` of each class against the rest, on truth [M] and probabilities [M,K].
+    """`{class: {goal: Judgement}}` of each class against the rest, on truth [M] and probabilities [M,K]; of label sets,
+    whose truth is bool [M,K], of each label by itself.
 
     `inner` holds, for each fold, predictions of its training side on the same scale. A fold whose inner rows lack
     the class, or hold nothing else, has no threshold and its rows are not judged.
     """
-    t, p = np.asarray(truth, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
+    t, p = np.asarray(truth), np.asarray(probabilities, dtype=np.float64)
     folds = rows_by_fold(fold, repeat)
     result: dict[str, dict[str, Judgement]] = {}
     for c, name in enumerate(classes):
@@ -79,12 +80,17 @@ def judge(
             called, judged = np.zeros(len(t), dtype=bool), np.zeros(len(t), dtype=bool)
             for one, rows in folds.items():
                 inner_truth, scores = (np.asarray(a) for a in inner[one])
-                threshold = choose(scores[:, c], inner_truth == c, sensitivity)
+                threshold = choose(scores[:, c], _has(inner_truth, c), sensitivity)
                 chosen.append(threshold)
                 if threshold is not None:
                     called[rows], judged[rows] = p[rows, c] >= threshold, True
-            result[name][goal] = _judge(chosen, t == c, called, judged, units, prevalence)
+            result[name][goal] = _judge(chosen, _has(t, c), called, judged, units, prevalence)
     return result
+
+
+def _has(truth: NDArray[Any], c: int) -> NDArray[np.bool_]:
+    """Which rows [M] are of a class, or have a label."""
+    return truth[:, c].astype(bool) if truth.ndim == 2 else truth == c
 
 
 def predictive_values(sensitivity: ArrayLike, specificity: ArrayLike, prevalence: float) -> tuple[Floats, Floats]:
@@ -148,8 +154,11 @@ def _end(metric: Metric, at: int) -> float:
     return float("nan") if end is None else end
 
 
-def blocks(results: Mapping[str, Mapping[str, Judgement]], chosen: str = IN_FOLDS) -> list[Block]:
-    """Words and tables of thresholds, a row for each class and goal; `chosen` says where they come from."""
+def blocks(
+    results: Mapping[str, Mapping[str, Judgement]], chosen: str = IN_FOLDS, *, several: bool = False
+) -> list[Block]:
+    """Words and tables of thresholds, a row for each class and goal; `chosen` says where they come from, `several` that
+    they are of label sets."""
     rows, at_prevalence = [], []
     shares = list(next(iter(next(iter(results.values())).values()))["at_prevalence"])
     for name, goals in results.items():
@@ -160,10 +169,10 @@ def blocks(results: Mapping[str, Mapping[str, Judgement]], chosen: str = IN_FOLD
             at_prevalence.append([name, goal, *values])
     found_blocks: list[Block] = [
         Text(
-            "Each class against all others: an image is called when the probability of the class reaches the "
-            f"threshold. Thresholds were chosen {chosen}, for a wanted sensitivity or for the largest sum of "
-            "sensitivity and specificity (Youden), and judged on the images that are reported here; so the sensitivity "
-            "reached may differ from the one wanted."
+            f"{'Each label by itself' if several else 'Each class against all others'}: an image is called when its "
+            f"probability reaches the threshold. Thresholds were chosen {chosen}, for a wanted sensitivity or for the "
+            "largest sum of sensitivity and specificity (Youden), and judged on the images that are reported here; so "
+            "the sensitivity reached may differ from the one wanted."
         ),
         Table(
             ["class", "chosen for", "threshold", "sensitivity", "specificity", "PPV", "NPV"],

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from training import metrics, report
+from training import report
 from training.bootstrap import Metric
 from training.dataset import Selection
+from training.judgement import summarise
 from training.lineage import short_digests
 
+FIRST_WEIGHTS = "The first weights"
 SHOWN = ("accuracy", "balanced_accuracy", "kappa", "auroc", "ece")
 
 
@@ -54,6 +56,7 @@ def overlap_blocks(
     group: list[str],
     fold: np.ndarray,
     repeat: np.ndarray,
+    who: str = FIRST_WEIGHTS,
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[list[report.Block], dict[str, Any]]:
@@ -63,6 +66,7 @@ def overlap_blocks(
         found: the overlap of the selection.
         rows: [M] rows of the selection, one per prediction.
         truth, probabilities, group, fold, repeat: [M], [M, K], … as `metrics.summarise` takes them.
+        who: has seen them: a plural that begins a sentence.
 
     The entry: `images`, `of_images`, `groups`, `of_groups`, and, where something was seen, `metrics_without`: all
     metrics of the predictions of groups of which nothing was seen, or None where none is left.
@@ -76,22 +80,23 @@ def overlap_blocks(
         "of_groups": len(np.unique(named)),
     }
     if not seen.any():
-        return [report.Text("None of the judged images or groups was seen by the first weights.")], entry
+        return [report.Text(f"{who} have seen none of the judged images or groups.")], entry
     blocks: list[report.Block] = [
         report.Warning(
-            f"The first weights have seen {entry['images']:,} of the {entry['of_images']:,} judged images, and images "
+            f"{who} have seen {entry['images']:,} of the {entry['of_images']:,} judged images, and images "
             f"of {entry['groups']:,} of the {entry['of_groups']:,} judged groups, without their labels or with them "
-            "(transductive): on patients who are new to the pretraining too, results may be worse."
+            "(transductive): on patients who are new to them too, results may be worse."
         )
     ]
 
     def summary(keep: np.ndarray) -> dict[str, Metric]:
-        return metrics.summarise(
+        return summarise(
             truth[keep],
             probabilities[keep],
             group=named[keep],
             fold=fold[keep],
             repeat=repeat[keep],
+            ordered=False,
             resamples=resamples,
             seed=seed,
         )
@@ -101,13 +106,13 @@ def overlap_blocks(
         blocks.append(
             report.Text(
                 "No group is left without them, so what the overlap is worth cannot be said from this run. To know it, "
-                "pretrain on other patients, or keep the test patients out of the pool."
+                "train and pretrain on other patients than those that are judged."
             )
         )
         return blocks, entry
     entry["metrics_without"] = summary(~seen)
     blocks.append(_table(summary(np.ones(len(seen), dtype=bool)), entry["metrics_without"], entry))
-    lost = sorted(set(truth.tolist()) - set(truth[~seen].tolist()))
+    lost = _classes(truth) - _classes(truth[~seen])
     if lost:
         blocks.append(
             report.Text(f"Of {len(lost)} of the classes nothing is left without them: the columns are not comparable.")
@@ -115,11 +120,17 @@ def overlap_blocks(
     return blocks, entry
 
 
+def _classes(truth: np.ndarray) -> set[int]:
+    """Those that some row is of."""
+    return set((truth if truth.ndim == 1 else np.flatnonzero(truth.any(axis=0))).tolist())
+
+
 def _table(whole: dict[str, Metric], rest: dict[str, Metric], entry: dict[str, Any]) -> report.Table:
     left = entry["of_groups"] - entry["groups"]
     cells = [
         [name, *(report.with_interval(values[name]["value"], values[name]["ci95"]) for values in (whole, rest))]
         for name in SHOWN
+        if name in whole
     ]
     headers = ["metric", f"all {entry['of_groups']:,} groups", f"the {left:,} of which nothing was seen"]
     return report.Table(headers, cells, "With and without the groups of which an image was seen [95 % interval]")

@@ -29,7 +29,7 @@ from training.images import to_channels
 from training.ingest import resolve_data
 from training.judgement import Judged, judge, of_units
 from training.learnt import asked_of
-from training.lineage import labelled_by, own_images, seen_by
+from training.lineage import labelled_by, named_by, own_groups, own_images, seen_by
 from training.mistakes import mistakes_section
 from training.model_card import README, model_card
 from training.overlap import groups_of
@@ -152,10 +152,13 @@ class _Study:
         self.domain = self._domain(trained.features)
         looker = looker_of(trained.network, self.initial.input, trained.estimator, len(self.classes))
         facts = self._facts(trained, looker.method if trained.described.layers else "")
+        self.searched = facts.searched
         self._write_model(trained, facts)
         self._write_predictions()
         figures_of(self.judged, self.out.path / "figures", self.results)
-        write_transfer_report(self.out.path, facts, self._mistakes(looker, facts.method), self._more_sections())
+        mistakes, more = self._mistakes(looker, facts.method), self._more_sections()
+        facts = replace(facts, by=self.more.get("subgroups", {}))
+        write_transfer_report(self.out.path, facts, mistakes, more)
 
     def _more_sections(self) -> list[report.Section]:
         """What the report says beside the results themselves; its numbers are in `more`."""
@@ -288,7 +291,7 @@ class _Study:
             probabilities=judged.probabilities,
             groups=[self.labels.groups[r] for r in judged.rows],
             rows=judged.rows,
-            pixels=self.pixels,
+            pixels=self.pixels.__getitem__,
             maps=looker.maps if method else None,
             method=method,
             judged="images" if self.config.unit != "image" else "",
@@ -300,8 +303,8 @@ class _Study:
         files = [(domain.REFERENCE, self.domain.dumps()), (README, model_card(facts.card, trained_of(facts)).encode())]
         files += trained.files
         files += [(pooling.FILE, self.pooler.dumps(self.judged.temperature))] if self.pooler is not None else []
-        folder, seen = self.out.path / "model", own | seen_by(init)
-        save_model(folder, facts.card, trained.network, seen=seen, labelled=labelled, files=files)
+        known = {"seen": own | seen_by(init), "groups": own_groups(self.selection) | named_by(init)}
+        save_model(self.out.path / "model", facts.card, trained.network, **known, labelled=labelled, files=files)
 
     def _write_predictions(self) -> None:
         write_predictions(self.out.path, self.selection, self.by_image)
@@ -332,6 +335,7 @@ class _Study:
             "multi_label": self.labels.several,
             "best_epoch": self.best_epoch,
             "temperature": self.by_image.temperature,
+            "searched": self.searched,
             **self.more,
             "metrics": self.judged.metrics | self.more["metrics"],
         }

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from training import report
-from training.artifact import HEAD, WEIGHTS, ModelCard, versions
-from training.attention import WORDS
+from training import report, subgroups
+from training.answers import about_data, about_network, about_results, spread_of_folds
+from training.artifact import HEAD, WEIGHTS, ModelCard
 from training.augment import MODALITIES, augmentation_of, described
 from training.checklist import checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
 from training.judgement import Judged, guessing
 from training.layers import LAST
-from training.limits import Known, limits_of, sites_in
+from training.limits import SEARCHED, Known, Searched, limits_of, sites_in
 from training.model_card import Trained, first_weights
 from training.protocol import in_words
-from training.results import class_counts, data_section, result_section, unit_blocks
+from training.results import answer_of, class_counts, data_section, question_of, result_section, unit_blocks
 from training.tasks.nearness import METRIC
 from training.units import Units
 
-MOST_CLASSES = 12
-"""Classes named in a sentence."""
 TASKS = {
     "finetune": "The whole network was trained on the labelled images (fine-tuning).",
     "linear": "The network was left as it is; a linear classifier was trained on the numbers it gives for an image.",
@@ -77,6 +74,8 @@ class Facts:
     """How the model's attention is shown: a key of `training.attention.WORDS`, or ""."""
     units: Units | None = None
     """What is judged together; None where each image is by itself."""
+    by: Mapping[str, subgroups.ByColumn] = field(default_factory=dict)
+    """Of each column of `--by`."""
 
     @property
     def unit(self) -> str:
@@ -98,6 +97,12 @@ class Facts:
         """Where training started, without its place."""
         stages = self.card.lineage.get("stages")
         return f"those of stage {stages[-1]['name']}" if stages else first_weights(self.config.init)
+
+    @property
+    def searched(self) -> Searched:
+        """Where the settings were searched."""
+        version = self.config.searched_on
+        return "" if version is None else "here" if version == self.dataset.version else "elsewhere"
 
     @cached_property
     def fits(self) -> int:
@@ -123,6 +128,7 @@ class Facts:
                 ungrouped=counts.get("ungrouped", 0),
                 sites=sites_in(columns),
                 shared=self.shared,
+                searched=self.searched,
                 conflicting=counts.get("conflicting_copies", 0),
                 quarantined=counts["quarantined"] / max(1, counts["images"]),
             )
@@ -187,20 +193,12 @@ def write_transfer_report(
 
 def _asked(facts: Facts) -> list[report.Block]:
     judged, total = facts.judged, len(facts.selection)
-    names = list(judged.classes[:MOST_CLASSES])
-    listed = (
-        f"{', '.join(names[:-1])} or {names[-1]}" if len(judged.classes) <= MOST_CLASSES else ", ".join(names) + ", …"
-    )
     images = "images" if facts.config.split == "image" else "images of patients or slides"
-    shown = "the image alone" if facts.unit == "image" else f"the images of a {facts.unit} alone"
-    question = f"which of {len(judged.classes)} classes {'it shows' if facts.unit == 'image' else 'they show'}"
-    if facts.several:
-        question += ", of which there may be several"
     blocks: list[report.Block] = [
         report.Text(
-            f"Can a model tell from {shown} {question}: {listed}? It learnt from {total:,} labelled images of "
+            f"{question_of(judged, facts.unit)} It learnt from {total:,} labelled images of "
             f"{facts.groups:,} groups (data set {facts.data}) and was asked about {images} that it had not seen. "
-            f"{_answer(judged, facts.unit)}"
+            f"{answer_of(judged, facts.unit)}"
         )
     ]
     if facts.config.split == "image":
@@ -211,26 +209,6 @@ def _asked(facts: Facts) -> list[report.Block]:
             )
         )
     return blocks
-
-
-def _answer(judged: Judged, unit: str) -> str:
-    """The main figure, its interval, and what guessing reaches."""
-    metric = judged.metrics["balanced_accuracy"]
-    value, (low, high) = metric["value"], metric["ci95"]
-    level = guessing(judged.truth, len(judged.classes))["balanced_accuracy"]
-    if value is None:
-        return "The answer is not defined: no class was judged."
-    interval = "" if low is None or high is None else f" (95 % interval {low:.1%} to {high:.1%})"
-    answer = f"On average over the classes it named {value:.1%} of the {unit}s right{interval}"
-    if judged.several:
-        answer = (
-            f"On average over the classes it was right in {value:.1%} of the {unit}s{interval}, those that have the "
-            "class and those that lack it counted alike"
-        )
-    answer += f"; guessing reaches {level:.1%}."
-    if interval and low <= level:
-        answer += " That cannot be told from guessing."
-    return answer
 
 
 def _protocol(facts: Facts) -> list[report.Block]:
@@ -249,8 +227,19 @@ def _protocol(facts: Facts) -> list[report.Block]:
                 f"The first weights were pretrained, without labels, on {facts.shared:,} of the images that are judged."
             )
         )
+    if facts.searched:
+        blocks.append(report.Warning(SEARCHED[facts.searched]))
     return blocks
 
+
+CHOSEN: dict[Searched, str] = {
+    "": "No test image chose anything.",
+    "here": "Settings were searched beforehand on this data set, images judged here among it; within the run no test "
+    "image chose anything.",
+    "elsewhere": "Settings were searched beforehand on another version of a data set; within the run no test image "
+    "chose anything.",
+}
+"""What had a say in the choices that a run needs."""
 
 _HEADS = {"estimator": f"the classifier is in {HEAD}", "metric": f"the embedding on it is in {METRIC}"}
 
@@ -295,50 +284,30 @@ def checklist_facts(facts: Facts) -> dict[str, str]:
 
 
 def _about_data(facts: Facts) -> dict[str, str]:
-    counts, path = facts.dataset.info["counts"], facts.card.image_path
-    images, groups = class_counts(facts.selection, facts.judged.classes)
-    per_class = "; ".join(f"{name}: {images[name]:,} images, {groups[name]:,} groups" for name in facts.judged.classes)
-    where = " and ".join(facts.config.where)
     apart = "images only, so patients may stand on both sides" if facts.config.split == "image" else "groups"
-    return {
-        "source": f"Data set {facts.data}, version {facts.dataset.version}.",
-        "excluded": f"Of {counts['images']:,} images {counts['quarantined']:,} unreadable and {counts['duplicate']:,} "
-        f"byte-identical copies were left out; {len(facts.selection):,} labelled ones were judged.",
-        "preprocessing": f"Pixels only. Images brought to {path.height} x {path.width} ({path.fit}; grey values "
-        f"windowed: {path.window}), then normalised by channel.",
-        "subset": f"Rows with {where}." if where else "All labelled, readable images.",
-        "missing": "Images without label were not used to train the classifier; unreadable images were set aside, each "
-        f"with its reason; labelled images without a group ({counts.get('ungrouped', 0):,}) count as their own group.",
-        "copies": "Copies of an image, also near ones that were found, are in one group.",
-        "classes": f"{per_class}.",
-        "size": f"{len(facts.selection):,} images of {facts.groups:,} groups.",
+    classes, path = facts.judged.classes, facts.card.image_path
+    where = facts.config.where
+    return about_data(facts.dataset, facts.selection, classes, name=facts.data, where=where, path=path) | {
         "partitions": facts.protocol,
         "disjoint": f"Partitions are disjoint by {apart}.",
     }
 
 
 def _about_training(facts: Facts) -> dict[str, str]:
-    config, card, network = facts.config, facts.card, facts.card.architecture
+    config, card = facts.config, facts.card
     initial = card.lineage.get("initial", {})
     digest = f" (sha256 {initial['sha256'][:12]}…)" if initial.get("sha256") else ""
-    return {
-        "category": "Deep learning, image classification.",
-        "goal": f"To tell apart {len(card.classes)} classes: {', '.join(card.classes)}.",
+    return about_network(card) | {
         "design": "Development with internal evaluation.",
-        "model": f"timm {network.name}, {network.height} x {network.width} pixels, {network.channels} channels, in; "
-        f"{len(card.classes)} probabilities out.",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
         "initial": f"{facts.first_weights}{digest}.",
         "training": f"{_done(facts)} {TUNED.get(config.task) or _recipe(config)} "
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
-        "selection": "No test image chose anything. The final model was fitted again on all labelled images"
+        "selection": f"{CHOSEN[facts.searched]} The final model was fitted again on all labelled images"
         + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
         "ensembles": "None: one model answers."
         if config.features != "fused"
         else "Two classifiers answer, of the network's numbers and of measures of the main object; the mean counts.",
         "imbalance": IMBALANCE.get(config.task, ""),
-        "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
-        "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",
     }
 
 
@@ -357,23 +326,9 @@ def _recipe(config: TransferConfig) -> str:
 
 
 def _about_results(facts: Facts) -> dict[str, str]:
-    judged, values = facts.judged, facts.judged.metrics
-    rule = "A class is said at a probability of a half." if facts.several else "No threshold: the likeliest class wins."
-    levels = guessing(judged.truth, len(judged.classes))
-    shown = [f"{name} {report.with_interval(m['value'], m['ci95'])}" for name, m in values.items() if name != "ece"]
-    folds = [v for v in values["balanced_accuracy"]["per_fold"] if v is not None]
-    ece: Any = values["ece"]
-    return {
-        "metrics": f"{', '.join(values)}.",
-        "uncertainty": "95 % intervals by bootstrap over groups, 2.5 to 97.5 percentile; fits are held fixed.",
-        "results": f"{'; '.join(shown)}.",
-        "guessing": f"Guessing reaches a balanced accuracy of {levels['balanced_accuracy']:.3f}.",
-        "calibration": f"Probabilities by temperature scaling ({facts.card.temperature:.2f} for the final model); "
-        f"expected calibration error {report.with_interval(ece['value'], ece['ci95'])}. {rule}",
-        "clusters": f"Balanced accuracy of the folds: {min(folds):.3f} to {max(folds):.3f}." if folds else "",
-        "explanation": f"By {WORDS[facts.method]}. Not validated." if facts.method else "",
-        "failures": f"See Mistakes and the {'table of labels' if facts.several else 'confusion matrix'}.",
-        "internal": f"{facts.protocol}",
+    return about_results(facts.judged, facts.selection, facts.by, method=facts.method) | {
+        "clusters": spread_of_folds(facts.judged),
+        "internal": facts.protocol,
         "external": "",
         "limits": " ".join(facts.limits),
     }

@@ -53,12 +53,14 @@ def write_trials(path: Path, records: list[Record], space: Space) -> None:
     storage.publish_file(partial, path)
 
 
-def write_best(path: Path, config: TuneConfig, best: Record) -> None:
-    """best.yaml: a config of `transfer` without --data and --out, which go with the command that uses it."""
+def write_best(path: Path, config: TuneConfig, best: Record, dataset: str) -> None:
+    """best.yaml: a config of `transfer` without --data and --out, which go with the command that uses it; it says on
+    which version of a DATASET it was searched."""
     chosen = config.trial(best.params).as_dict()
     own = [*OF_HIERARCHY] if config.study == HIERARCHICAL else []
     kept = dict.fromkeys([*(name for name in FIXED if name != "device"), *own, *best.params])
-    storage.write_text(path, dump_yaml("transfer", {name: chosen[name] for name in kept}))
+    settings = {name: chosen[name] for name in kept} | {"searched_on": dataset}
+    storage.write_text(path, dump_yaml("transfer", settings))
 
 
 def _type(setting: Setting) -> pa.DataType:
@@ -213,6 +215,6 @@ def _use_section(out: Path, config: TuneConfig, best: Record) -> report.Section:
     command = f"rayograph transfer --config {out / 'best.yaml'} --data {config.data} --out RUN"
     text = (
         f"best.yaml holds the settings of trial {best.number}. The command below cross-validates them on all labelled "
-        "images; its figures are a little too good, for the settings were chosen on part of these."
+        "images; its figures are a little too good, for the settings were chosen on part of these, as its report says."
     )
     return report.Section("Use it", [report.Text(text), report.Code(command)])

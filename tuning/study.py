@@ -235,7 +235,7 @@ class _Search:
     def _write(self) -> None:
         seen = len(own_images(self.selection.take(self.sides.held_out)) & seen_by(self.config.init))
         write_trials(self.out.path / "trials.parquet", self.records, self.space)
-        write_best(self.out.path / "best.yaml", self.config, self.best)
+        write_best(self.out.path / "best.yaml", self.config, self.best, self.dataset.version)
         draw_history(self.out.path / "figures", self.records)
         write_tune_report(
             self.out.path, self.config, self.space, self.records, self.best, self.judged, self._protocol(), seen

@@ -31,6 +31,8 @@ SOUND = Known(
         ({"split": "image"}, "Split by image"),
         ({"ungrouped": 7}, "7 labelled images came without a group"),
         ({"shared": 350}, "transductive"),
+        ({"searched": "here"}, "labels of images that are judged here had a say"),
+        ({"searched": "elsewhere"}, "on another version of a data set"),
         ({"groups": 29}, "Only 29 groups"),
         ({"class_groups": {"a": 80, "b": 19}}, "Few groups in b (19)"),
         ({"images": {"a": 2000, "b": 150}}, "13 times the images"),

@@ -15,7 +15,7 @@ from training.artifact import ModelCard, save_model
 from training.dataset import Dataset, Selection
 from training.encoder import Architecture
 from training.images import ImagePath
-from training.lineage import SEEN, dump, labelled_by, own_images, seen_by
+from training.lineage import SEEN, dump, labelled_by, named_by, own_groups, own_images, seen_by
 from training.transfer import refuse_taught
 from training.transform import Input
 
@@ -82,6 +82,14 @@ def test_images_seen_with_their_labels_are_told_from_the_others(tmp_path: Path) 
     assert labelled_by(str(run)) == labelled_by(str(run / "model")) == own_images(selection("b"))
     assert seen_by(str(run)) == own_images(selection("a", "b", "c"))
     assert labelled_by("imagenet") == frozenset()
+
+
+def test_groups_are_kept_as_hashes_of_their_names_and_those_that_nobody_named_are_not(tmp_path: Path) -> None:
+    groups = own_groups(Selection(pa.table({"group": ["ann", "bob", "ann", "image:1f"]})))
+    assert groups == {digest[:32] for digest in digests("ann", "bob")}
+    (tmp_path / SEEN).write_bytes(dump((), groups=sorted(groups)))
+    assert named_by(str(tmp_path)) == groups and seen_by(str(tmp_path)) == frozenset()
+    assert dump((), groups=sorted(groups)) == dump((), groups=sorted(groups, reverse=True))
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def section(folder: Path, **changes: object) -> report.Section:
         "maps": lambda pixels, said: np.tile(np.linspace(0, 1, 28, dtype=np.float32), (len(pixels), 20, 1)),
         "method": "rollout",
     }
-    return mistakes_section(folder, **(values | changes))  # type: ignore[arg-type]
+    values |= changes
+    pixels = np.asarray(values["pixels"])
+    return mistakes_section(folder, **values | {"pixels": pixels.__getitem__})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -180,7 +180,7 @@ def test_the_section_names_the_label_in_question_and_asks_for_its_map(tmp_path: 
     pixels = np.zeros((3, 16, 16, 1), dtype=np.uint8)
     made = mistakes_section(
         tmp_path, classes=["a", "b"], truth=truth, probabilities=p, groups=list("xyz"), rows=np.arange(3),
-        pixels=pixels, maps=maps, method="grad_cam", judged="images",
+        pixels=pixels.__getitem__, maps=maps, method="grad_cam", judged="images",
     )  # fmt: skip
     tables = [block for block in made.blocks if isinstance(block, report.Table)]
     assert list(tables[0].rows[0]) == ["1", "a", "a|b", "b", "0.95"]

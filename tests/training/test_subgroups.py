@@ -8,7 +8,7 @@ import pytest
 from cluster.errors import UsageError
 from training.bootstrap import tail_share
 from training.metrics import summarise
-from training.subgroups import SHOWN, Rows, banded, blocks, by_column, columns_of
+from training.subgroups import SHOWN, Rows, banded, blocks, by_column, columns_of, in_words
 
 
 def rows(seed: int = 0, size: int = 400) -> tuple[Rows, list[str]]:
@@ -118,3 +118,15 @@ def test_columns_are_named_by_commas_or_blanks_and_must_exist() -> None:
     assert columns_of(("sex,site", "age", "sex"), ["sex", "site", "age"]) == ["sex", "site", "age"]
     with pytest.raises(UsageError, match=r"--by sexx: no column 'sexx'.*sex"):
         columns_of(("sexx",), ["sex", "site"])
+
+
+def test_a_checklist_is_told_each_value_its_marks_and_the_gap() -> None:
+    data, site = rows()
+    found = by_column(data, site, resamples=40)
+    value = found["parts"]["bad"]["metrics"]["balanced_accuracy"]["value"]
+    said = in_words({"site": found})
+    assert f"Balanced accuracy by site: bad {value:.3f} [" in said and "tiny (few groups" in said
+    assert "best value of site (good) and the worst (bad)" in said
+    many = by_column(data, [f"s{at % 12}" for at in range(len(site))], resamples=40)
+    assert "judged for each of 12 values of site, see Subgroups" in in_words({"site": many})
+    assert in_words({}) == ""

@@ -16,6 +16,7 @@ import yaml
 from cluster.errors import UsageError
 from training import metrics, report
 from training.artifact import ModelCard, load_model, save_model
+from training.bootstrap import tail_share
 from training.checklist import BLANK, FACTS, checklist_section
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
@@ -24,6 +25,7 @@ from training.images import ImagePath
 from training.judgement import Judged, guessing
 from training.model_card import METRICS, README, Trained, model_card
 from training.results import figures_of
+from training.subgroups import Rows, by_column
 from training.transfer_report import Facts, checklist_facts, trained_of, write_transfer_report
 from training.transform import Input
 
@@ -116,10 +118,39 @@ def test_the_report_names_no_group_and_no_place(tmp_path: Path) -> None:
     assert "patient-" not in html and "/secret" not in html
 
 
+def test_the_checklist_says_how_intervals_are_widened_for_few_groups_and_what_subgroups_give() -> None:
+    facts = facts_of()
+    rows = Rows(facts.judged.truth, facts.judged.probabilities, facts.judged.rows, *_places(facts))
+    by = {"sex": by_column(rows, ["f", "m"] * 60, resamples=40)}
+    known = checklist_facts(replace(facts, by=by))
+    assert f"with 40 groups {100 * tail_share(40):.2f} and" in known["uncertainty"]
+    assert 1 < 100 * tail_share(40) < 2.3
+    assert known["subgroups"].startswith("Balanced accuracy by sex: f 0.")
+    (table,) = [b for b in checklist_section(known).blocks if isinstance(b, report.Table) and "TRIPOD" in b.caption]
+    assert known["subgroups"] in str({row[0]: row[-1] for row in table.rows}["23a"])
+
+
+def _places(facts: Facts) -> tuple[Any, ...]:
+    return facts.selection.column("group"), facts.judged.fold, facts.judged.repeat
+
+
 def test_pretraining_on_judged_images_is_said_twice(tmp_path: Path) -> None:
     said = text_of(written(tmp_path, replace(facts_of(), shared=120)))
     assert "Warning: The first weights were pretrained, without labels, on 120 of the images" in said
     assert "transductive" in said and "transductive" not in text_of(written(tmp_path, facts_of()))
+
+
+def test_settings_that_were_searched_on_the_judged_data_are_warned_of_and_no_longer_called_unchosen(
+    tmp_path: Path,
+) -> None:
+    html = written(tmp_path, facts_of(searched_on="cafe"))
+    said = text_of(html)
+    assert "Warning: The settings were chosen by a search (rayograph tune) on this data" in said
+    assert said.count("labels of images that are judged here had a say in them") == 4  # two in the checklists
+    assert "No test image chose anything" not in said and "Settings were searched beforehand on this data set" in said
+    elsewhere, alone = (text_of(written(tmp_path, facts_of(searched_on=on))) for on in ("beef", None))
+    assert "Warning: The settings were chosen by a search (rayograph tune) on another version" in elsewhere
+    assert "No test image chose anything" in alone and "rayograph tune" not in alone
 
 
 def test_labels_that_look_like_markup_stay_text(tmp_path: Path) -> None:
@@ -145,7 +176,7 @@ def test_the_level_of_guessing_is_what_guessers_reach(counts: list[int]) -> None
 def test_the_run_answers_what_it_knows_and_leaves_the_rest_blank() -> None:
     known = checklist_facts(facts_of())
     assert set(known) <= set(FACTS)
-    assert not known["external"] and "subgroups" not in known
+    assert not known["external"] and not known["subgroups"]
     tables = {t.caption: t for t in checklist_section(known).blocks if isinstance(t, report.Table)}
     claim = {row[0]: row[-1] for row in tables["CLAIM, update of 2024"].rows}
     assert {claim[n] for n in ("2", "11", "13", "16", "18", "33", "34", "44")} == {BLANK}

@@ -53,7 +53,7 @@ def test_a_field_of_transfer_is_searched_fixed_or_its_own_affair() -> None:
     run = {"data", "out", "task", "workers", "images", "overwrite", "stages"}
     splits = {"folds", "repeats", "split", "test_fraction", "site_column", "label_fraction"}
     labels = {"multi_label", "order", "unit", "pooling"}  # trials choose by one class per image
-    judged = {"by", "prevalence"}
+    judged = {"by", "prevalence", "searched_on"}
     frozen = {"features", "layers"}
     metric = {"loss", "embedding", "margin", "centres", "steps"}  # of --task metric, which no study searches
     hierarchy = {"structure", "level_weights", "stack", "inputs", "learner", "input_column"}  # a study of its own
