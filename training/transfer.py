@@ -139,7 +139,7 @@ class _Study:
             self.kept,
             self.out,
             device,
-            workers,
+            min(workers, len(self.folds)),
         )
         self.initial, self.pixels = fitting.initial, fitting.pixels
         trained = fitting.run()
