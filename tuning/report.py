@@ -147,8 +147,8 @@ def _result_section(best: Record, judged: Judgement, protocol: dict[str, Any], s
     if seen:
         blocks.append(
             report.Warning(
-                f"{seen:,} of the held-out images were seen by the first weights. Where those were trained with "
-                "labels, these figures are too good."
+                f"{seen:,} of the held-out images were seen, without their labels, in the training of first weights. "
+                "On images that no weights have seen, figures may be lower."
             )
         )
     return report.Section("Result", blocks)

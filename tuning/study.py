@@ -30,6 +30,7 @@ from training.ingest import resolve_data
 from training.lineage import own_images, seen_by
 from training.tasks.finetune import Recipe, recipe_for
 from training.tasks.inputs import inputs_of, joined
+from training.transfer import refuse_taught
 from training.weights import initial_weights, wanted_for
 from tuning.configs import HIERARCHICAL, TuneConfig
 from tuning.hierarchical import HierarchicalBench, final_fit, search_bench
@@ -62,7 +63,10 @@ def tune(config: TuneConfig) -> dict[str, Any]:
             return out.summary()
         dataset = resolve_data(config.data, out=config.out)
         labelled = dataset.select(config.where, labelled=True)
-        search = _Search(config, dataset, Selection(joined(labelled.table, config.inputs, config.input_column)), out)
+        selection = Selection(joined(labelled.table, config.inputs, config.input_column))
+        for init in config.given["init"]:
+            refuse_taught(init, dataset, selection)
+        search = Search(config, dataset, selection, out)
         started = time.monotonic()
         with session(cpus=cores() + 2, log=out.log) as found:
             device = device_in(config.device, found)
@@ -73,7 +77,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         return summary
 
 
-class _Search:
+class Search:
     """One search: its rows, its trials, and how the best of them is judged."""
 
     def __init__(self, config: TuneConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
@@ -233,13 +237,18 @@ class _Search:
         storage.publish_file(partial, self.out.path / "split.parquet")
 
     def _write(self) -> None:
-        seen = len(own_images(self.selection.take(self.sides.held_out)) & seen_by(self.config.init))
         write_trials(self.out.path / "trials.parquet", self.records, self.space)
         write_best(self.out.path / "best.yaml", self.config, self.best)
         draw_history(self.out.path / "figures", self.records)
         write_tune_report(
-            self.out.path, self.config, self.space, self.records, self.best, self.judged, self._protocol(), seen
+            self.out.path, self.config, self.space, self.records, self.best, self.judged, self._protocol(), self.seen
         )
+
+    @property
+    def seen(self) -> int:
+        """Held-out images that any of the first weights saw."""
+        shown = frozenset[str]().union(*(seen_by(init) for init in self.config.given["init"]))
+        return len(own_images(self.selection.take(self.sides.held_out)) & shown)
 
     def summary(self) -> dict[str, Any]:
         states = [r.outcome.state for r in self.records]
