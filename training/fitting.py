@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -134,14 +138,22 @@ class Fitting:
 
     def features(self) -> np.ndarray:
         """Features [N, D] of all labelled rows, under the initial network or radiomic, kept for an interrupted run."""
-        cache = self.out.path / f"features{self.described.tag}.safetensors"
-        if not cache.exists():
+        cache, key = self.out.path / f"features{self.described.tag}.safetensors", self._features_key()
+        if not cache.exists() or _key_in(cache) != key:
             parts = [self._deep()] if self.described.layers else []
             parts += [self._radiomic()] if self.described.radiomic else []
             partial = cache.with_name(f".{cache.name}")
-            save_file({"features": np.concatenate(parts, axis=1)}, partial)
+            save_file({"features": np.concatenate(parts, axis=1)}, partial, metadata={"key": key})
             storage.publish_file(partial, cache)
         return np.asarray(load_file(cache)["features"])
+
+    def _features_key(self) -> str:
+        """All that decides the features: between a kill and the resume a RUN at `--init` may have been trained further,
+        and `--data` ingested anew."""
+        first = self.initial
+        network = [first.provenance, first.architecture.as_dict(), first.input.as_dict(), self.described.as_dict()]
+        known = [self.dataset.version, self.image_ids, network]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def _deep(self) -> np.ndarray:
         torch.set_num_threads(cores())
@@ -264,6 +276,12 @@ def frozen(fitting: Fitting) -> Trained:
         taught=False,
         described=described,
     )
+
+
+def _key_in(cache: Path) -> str | None:
+    """What a file of features was kept by; None for one of older code."""
+    with safe_open(cache, framework="np") as file:
+        return (file.metadata() or {}).get("key")
 
 
 def _radiomic_part(pixels: np.ndarray, stored: tuple[int, int], at: int) -> tuple[int, np.ndarray]:

@@ -1,0 +1,74 @@
+"""What the tasks of `transfer` share: features that are kept by what they are of, and what is said before any fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.runs import weights_run
+from training.configs import TransferConfig
+from training.dataset import Dataset, Selection
+from training.fit import Labels
+from training.fitting import Fitting
+from training.splits import Fold
+
+ROWS, SIZE = 12, 32
+
+
+@dataclass(frozen=True)
+class Drawn(Dataset):
+    """Noise, by the seed that is its version."""
+
+    def pixels(self, selection: Selection) -> np.ndarray:
+        rng = np.random.default_rng(int(self.version))
+        shown = rng.integers(0, 255, (ROWS, SIZE, SIZE, 3), dtype=np.uint8)
+        return np.asarray(shown[[int(name) for name in selection.column("image_id")]])
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Iterator[Fitting]:
+    """The task of frozen features on twelve images, from the weights of a RUN."""
+    path = {"height": SIZE, "width": SIZE}
+    dataset = Drawn("/nowhere", {"version": "1", "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3, "path": path})
+    truth = np.arange(ROWS) % 2
+    labels = Labels(truth, ["ab"[t] for t in truth], [f"g{row // 2}" for row in range(ROWS)], "group")
+    init = weights_run(tmp_path / "init")
+    config = TransferConfig("d", out=str(tmp_path / "run"), init=str(init), task="knn")
+    folds = [Fold(0, 0, np.arange(8), np.arange(8, ROWS))]
+    with config.open_out("transfer") as out:
+        yield Fitting(config, dataset, rows(range(ROWS)), ["a", "b"], labels, folds, 1.0, np.arange(8), out, "cpu", 1)
+
+
+def rows(numbers: Any) -> Selection:
+    names = [str(number) for number in numbers]
+    return Selection(pa.table({"image_id": names, "sha256": names}))
+
+
+def test_features_are_computed_once(first: Fitting) -> None:
+    found = first.features()
+    (kept,) = first.out.path.glob("features*.safetensors")
+    before = kept.stat().st_mtime_ns
+    np.testing.assert_array_equal(replace(first).features(), found)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_kept_features_of_other_weights_images_or_sizes_are_not_taken_for_these(first: Fitting, tmp_path: Path) -> None:
+    """Between a kill and the resume the RUN was trained further, or the DATASET ingested anew at the same path."""
+    found = [first.features()]
+    shutil.rmtree(tmp_path / "init")
+    weights_run(tmp_path / "init")  # other random weights at the same path
+    found.append(replace(first).features())
+    dataset = Drawn("/nowhere", first.dataset.info | {"version": "2"})
+    found.append(replace(first, dataset=dataset).features())
+    found.append(replace(first, dataset=dataset, selection=rows(reversed(range(ROWS)))).features())
+    found.append(replace(first, dataset=dataset, config=replace(first.config, image_size="48")).features())
+    for number, values in enumerate(found):
+        assert not any(np.allclose(values, other) for other in found[:number])
+    np.testing.assert_allclose(found[3], found[2][::-1], atol=1e-5)
