@@ -31,6 +31,7 @@ from training.lineage import own_images, seen_by
 from training.tasks.finetune import Recipe, recipe_for
 from training.tasks.inputs import inputs_of, joined
 from training.transfer import refuse_taught
+from training.units import units_of
 from training.weights import initial_weights, wanted_for
 from tuning.configs import HIERARCHICAL, TuneConfig
 from tuning.hierarchical import HierarchicalBench, final_fit, search_bench
@@ -85,6 +86,8 @@ class Search:
         self.default = config.trial({})
         names = selection.column("label")
         self.groups: list[str] = selection.column("group")
+        if self.default.unit == "case":  # one of two patients would be on two sides
+            units_of("case", names, selection.column("case"), self.groups)
         self.classes = leaves(names)
         self.truth = np.asarray([self.classes.index(name) for name in names])
         self.sides = split_sides(names, self.groups, holdout=config.holdout, seed=config.seed)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from cluster.errors import UsageError
+from training.dataset import Dataset, Selection
 from training.fit import Labels
 from training.tasks.inputs import Inputs, one_input
 from tuning.configs import TuneConfig
 from tuning.hierarchical import HierarchicalBench, chosen_inputs, final_fit, search_bench
 from tuning.spaces import defaults, space_for
+from tuning.study import Search
 from tuning.trial import split_sides
 
 CLASSES = ("healthy", "ill/early", "ill/late")
@@ -79,3 +83,23 @@ def test_all_choices_of_inputs_are_judged_on_the_same_cases() -> None:
     alone = chosen_inputs(bench.inputs, ("fundus",))
     assert set(alone.of_row[bench.inputs.of_row == 0]) == {-1}
     assert set(alone.of_row[bench.inputs.of_row == 1]) == {0}
+
+
+# What a search is begun on
+
+
+def search(cases: list[str], **changes: Any) -> Search:
+    """That of 48 cases of two images, `oct` and `fundus`, each of another patient unless its name says so."""
+    case = np.repeat(np.arange(CASES), 2)
+    columns: dict[str, Any] = {"label": [CLASSES[c % 3] for c in case], "group": [f"p{c}" for c in case]}
+    columns |= {"case": cases, "modality": ["oct", "fundus"] * CASES}
+    config = TuneConfig(**{"data": "d", "out": "o", "study": "hierarchical", "inputs": ("oct", "fundus")} | changes)
+    nowhere = cast(Any, None)
+    return Search(config, Dataset("/nowhere", {}), Selection(pa.table(columns)), nowhere)
+
+
+def test_a_case_that_lies_in_two_groups_is_refused_as_transfer_refuses_it() -> None:
+    named = [f"c{row // 2}" for row in range(2 * CASES)]
+    assert len(search(named).sides.held_out)
+    with pytest.raises(UsageError, match="case 'c0' lies in the groups p0, p3: a case must be of one patient"):
+        search([*named[:6], "c0", *named[7:]])
