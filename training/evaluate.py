@@ -174,7 +174,7 @@ def _unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: Out
     card = cards[config.model]
     _require_same_inputs(config, cards)
     labelled = dataset.select(config.where, labelled=True)
-    selection = Selection(joined(labelled.table, card.inputs, card.input_column))
+    selection = Selection(joined(labelled.table, card.inputs, card.input_column, some=True))
     classes = list(card.classes)
     seen = _check(config, cards, selection)
     labels, groups = selection.column("label"), selection.column("group")
@@ -296,7 +296,7 @@ def _probabilities(
     features, parts = [], []
     step = 512
     card = model.card
-    inputs = inputs_of(selection.table, card.inputs, card.input_column) if card.inputs else None
+    inputs = inputs_of(selection.table, card.inputs, card.input_column, some=True) if card.inputs else None
     with progress("evaluate", len(selection), "images") as bar:
         for at in range(0, len(selection), step):
             part = np.arange(at, min(at + step, len(selection)))

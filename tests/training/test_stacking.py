@@ -198,3 +198,14 @@ def test_inputs_that_no_column_or_several_have_are_refused_in_one_line() -> None
     assert inputs_of(rows, ("oct", "fundus"), "device").of_row.tolist() == [0, 1, 1, 0]
     with pytest.raises(UsageError, match="--input-column modalty: no such column"):
         inputs_of(rows, ("oct", "fundus"), "modalty")
+
+
+def test_a_misspelt_input_is_refused_when_training_although_its_column_is_named() -> None:
+    rows = table(modality=["oct", "fundus", "oct", "oct"])
+    for ask in (inputs_of, joined):
+        with pytest.raises(UsageError, match=r"no image has 'fundis' in the column 'modality'\. Did you mean 'fundus'"):
+            ask(rows, ("oct", "fundis"), "modality")
+    alone = rows.filter(pa.array([True, False, True, True]))  # images to judge may be of one input alone
+    assert inputs_of(alone, ("oct", "fundus"), "modality", some=True).of_row.tolist() == [0, 0, 0]
+    with pytest.raises(UsageError, match="no image has any of them"):
+        inputs_of(alone, ("mri", "fundus"), "modality", some=True)
