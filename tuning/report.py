@@ -53,9 +53,13 @@ def write_trials(path: Path, records: list[Record], space: Space) -> None:
     storage.publish_file(partial, path)
 
 
-def write_best(path: Path, config: TuneConfig, best: Record) -> None:
-    """best.yaml: a config of `transfer` without --data and --out, which go with the command that uses it."""
+def write_best(path: Path, config: TuneConfig, best: Record, input_column: str | None = None) -> None:
+    """best.yaml: a config of `transfer` without --data and --out, which go with the command that uses it.
+
+    `input_column` is where the search found the inputs: the winner may have one alone, which several columns may name.
+    """
     chosen = config.trial(best.params).as_dict()
+    chosen |= {"input_column": input_column} if chosen["inputs"] else {}
     own = [*OF_HIERARCHY] if config.study == HIERARCHICAL else []
     kept = dict.fromkeys([*(name for name in FIXED if name != "device"), *own, *best.params])
     storage.write_text(path, dump_yaml("transfer", {name: chosen[name] for name in kept}))

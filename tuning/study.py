@@ -29,7 +29,8 @@ from training.folds import run_folds
 from training.ingest import resolve_data
 from training.lineage import own_images, seen_by
 from training.tasks.finetune import Recipe, recipe_for
-from training.tasks.inputs import inputs_of, joined
+from training.tasks.hierarchy import tree_of
+from training.tasks.inputs import column_of, inputs_of, joined
 from training.transfer import refuse_taught
 from training.units import units_of
 from training.weights import initial_weights, wanted_for
@@ -46,7 +47,7 @@ from tuning.report import (
     write_tune_report,
 )
 from tuning.search import Bench, run_search
-from tuning.spaces import defaults, space_for
+from tuning.spaces import Space, defaults, space_for
 from tuning.trial import bench_for, split_sides
 
 
@@ -97,7 +98,7 @@ class Search:
         self.wanted = wanted_for(self.default, self.dataset, device)
         vit = initial_weights(self.wanted).architecture.patch is not None
         pretrained = vit and self.config.init != "none"
-        self.space = space_for(self.config.study, pretrained_vit=pretrained, given=self.config.given)
+        self.space = self.space_of(pretrained_vit=pretrained)
         self._announce(workers)
         pixels = self.dataset.pixels(self.selection)
         self.records = self._search(pixels, workers)
@@ -111,6 +112,18 @@ class Search:
         self.best = best
         self.judged = self._judge(pixels)
         self._write()
+
+    def space_of(self, *, pretrained_vit: bool) -> Space:
+        """What is searched, of these classes."""
+        levels = tree_of(self.classes).levels if self.config.study == HIERARCHICAL else 1
+        given = self.config.given
+        return space_for(self.config.study, pretrained_vit=pretrained_vit, several_levels=levels > 1, given=given)
+
+    @property
+    def input_column(self) -> str | None:
+        """The column that tells the inputs, which one input alone may not be enough to find."""
+        names, column = self.config.inputs, self.config.input_column
+        return column_of(self.selection.table, names, column) if names else None
 
     def _search(self, pixels: np.ndarray, workers: int) -> list[Record]:
         config = self.config
@@ -241,7 +254,7 @@ class Search:
 
     def _write(self) -> None:
         write_trials(self.out.path / "trials.parquet", self.records, self.space)
-        write_best(self.out.path / "best.yaml", self.config, self.best)
+        write_best(self.out.path / "best.yaml", self.config, self.best, self.input_column)
         draw_history(self.out.path / "figures", self.records)
         write_tune_report(
             self.out.path, self.config, self.space, self.records, self.best, self.judged, self._protocol(), self.seen
