@@ -35,10 +35,11 @@ from training.fit import (
     metric_fold,
     refit_metric,
     refit_network,
+    require_judges,
 )
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
-from training.hierarchical_fit import Ground, hierarchical_fold, refit_hierarchy
+from training.hierarchical_fit import Ground, hierarchical_fold, refit_hierarchy, require_stackable
 from training.splits import Fold
 from training.tasks.finetune import Recipe, recipe_for, started_from
 from training.tasks.frozen import chosen_by
@@ -221,6 +222,11 @@ class Fitting:
         return Fits(self.out.path / folder, subject, self.image_ids)
 
     @property
+    def sides(self) -> list[np.ndarray]:
+        """The rows that each fit, and the refit, learns from."""
+        return [*(fold.train for fold in self.folds), self.kept]
+
+    @property
     def image_ids(self) -> list[str]:
         return self.selection.column("image_id")
 
@@ -253,7 +259,9 @@ def metric(fitting: Fitting) -> Trained:
 
 def frozen(fitting: Fitting) -> Trained:
     """A classifier on the features of the first weights, which stay as they are; or two whose scores are averaged."""
-    config, features, described = fitting.config, fitting.features(), fitting.described
+    config, described = fitting.config, fitting.described
+    require_judges(fitting.labels, fitting.sides, config.task)
+    features = fitting.features()
     shared = (config.task, features, fitting.labels)
     count, seed = len(fitting.classes), config.seed
     if config.features == "fused":
@@ -293,6 +301,7 @@ def hierarchical(fitting: Fitting) -> Trained:
     config = fitting.config
     if fitting.labels.several:
         raise UsageError("--task hierarchical: images have several labels, and it judges one class for each")
+    require_stackable(fitting.labels, config.stack, fitting.sides)
     results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers))
     epochs = np.rint(fitting.median_of("epochs", results)).astype(np.int64)
     say(f"refitting on {len(fitting.kept):,} images for {_listed(epochs)} epochs, the medians of the folds")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from cluster.errors import UsageError
 from training.domain import LARGEST, distances_to, sampled_rows
 from training.fit import FOLD_REFERENCE, HELD_FRACTION, FoldResult, Labels
-from training.splits import Fold, cross_validation, hold_out
+from training.splits import Fold, cross_validation, hold_out, require_inner
 from training.tasks.chains import Hierarchy
 from training.tasks.frozen import Inner
 from training.tasks.inputs import Inputs
@@ -174,12 +174,20 @@ def out_of_fold(ground: Ground, rows: np.ndarray, inner: Inner, key: tuple[objec
     return found
 
 
+def require_stackable(labels: Labels, stack: str, sides: Iterable[np.ndarray]) -> None:
+    """Raises UsageError where a meta-learner is asked for and a training side has no inner folds to fit it on."""
+    if stack != "none":
+        known: dict[str, str] = {"split": labels.split, "flag": f"--stack {stack}", "way_out": "leave --stack out"}
+        require_inner(labels.names, labels.groups, sides, **known)
+
+
 def inner_folds(ground: Ground, rows: np.ndarray, seed: int) -> Inner:
     """As many grouped folds of rows [R] as the rarest class allows, at most `STACKING_FOLDS`; places within them."""
+    require_stackable(ground.labels, ground.stack, [rows])
     names, groups = ground.labels.take(rows)
     own = groups if ground.labels.split != "image" else [str(row) for row in rows]
     rarest = min(len({g for g, n in zip(own, names, strict=True) if n == name}) for name in set(names))
-    count = max(2, min(STACKING_FOLDS[ground.kind], rarest))
+    count = min(STACKING_FOLDS[ground.kind], rarest)
     folds = cross_validation(names, own, folds=count, repeats=1, split="group", seed=seed)
     return [(fold.train, fold.test) for fold in folds]
 

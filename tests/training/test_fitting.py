@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cluster.errors import UsageError
 from tests.runs import weights_run
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
@@ -72,3 +73,32 @@ def test_kept_features_of_other_weights_images_or_sizes_are_not_taken_for_these(
     for number, values in enumerate(found):
         assert not any(np.allclose(values, other) for other in found[:number])
     np.testing.assert_allclose(found[3], found[2][::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag", "way_out"),
+    [
+        ({"task": "svm"}, "--task svm", "use --task finetune"),
+        (
+            {"task": "hierarchical", "learner": "features", "stack": "forest"},
+            "--stack forest",
+            "leave --stack out",
+        ),
+    ],
+)
+def test_a_class_of_one_group_is_named_before_anything_is_fitted(
+    changes: dict[str, Any], flag: str, way_out: str, first: Fitting
+) -> None:
+    """Of class c there are two groups, of which the fold trains on one; the inner folds would have had none to judge
+    it by."""
+    names = ["a", "b"] * 6
+    names[0] = names[10] = "c"
+    labels = Labels(np.asarray(["abc".index(name) for name in names]), names, first.labels.groups, "group")
+    config = replace(first.config, **changes)
+    with pytest.raises(UsageError) as caught:
+        replace(first, labels=labels, classes=["a", "b", "c"], config=config).run()
+    assert str(caught.value) == (
+        f"{flag}: class 'c' has one group in the training side of a fold, but its inner folds need two: merge or drop "
+        f"the class, or {way_out}"
+    )
+    assert not list(first.out.path.glob("features*"))
