@@ -46,7 +46,7 @@ from training.tasks.frozen import chosen_by
 from training.tasks.fusion import Fused
 from training.tasks.inputs import inputs_of
 from training.tasks.label_sets import LabelSets
-from training.tasks.learners import Learner, Networks, small_networks_for
+from training.tasks.learners import Learner, Networks, settled, small_networks_for
 from training.tasks.metric import metric_recipe
 from training.tasks.nearness import METRIC
 from training.tasks.structures import tree_for
@@ -302,7 +302,8 @@ def hierarchical(fitting: Fitting) -> Trained:
     if fitting.labels.several:
         raise UsageError("--task hierarchical: images have several labels, and it judges one class for each")
     require_stackable(fitting.labels, config.stack, fitting.sides)
-    results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers))
+    more = {"small_networks": settled()} if config.learner == "features" else {}
+    results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers), more=more)
     epochs = np.rint(fitting.median_of("epochs", results)).astype(np.int64)
     say(f"refitting on {len(fitting.kept):,} images for {_listed(epochs)} epochs, the medians of the folds")
     alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results))

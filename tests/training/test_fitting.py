@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,3 +102,25 @@ def test_a_class_of_one_group_is_named_before_anything_is_fitted(
         f"the class, or {way_out}"
     )
     assert not list(first.out.path.glob("features*"))
+
+
+def in_process(
+    fit: Any, shared: tuple[Any, ...], each: Sequence[tuple[Any, ...]], *, workers: int, gpu: bool
+) -> Iterator[Any]:
+    """`run_folds` without Ray."""
+    yield from (fit(*shared, *own) for own in each)
+
+
+def test_fits_of_small_networks_are_known_by_what_no_flag_says_of_them(
+    first: Fitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.fitting.run_folds", in_process)
+    config = replace(first.config, task="hierarchical", learner="features", epochs=1)
+    fits = first.out.path / "folds"
+    for known, (name, value) in enumerate(
+        [("SMALL", 0.1), ("WIDTH", 8), ("DROPOUT", 0.5), ("PASSES", 1), ("DECAY", 1)]
+    ):
+        monkeypatch.setattr(f"training.tasks.learners.{name}", value)
+        for _ in range(2):
+            replace(first, config=config).run()
+            assert len(list(fits.iterdir())) == known + 1
