@@ -133,9 +133,13 @@ class Fitting:
         """The median best epoch of the fits with the run's own share of the labels."""
         return int(np.median([r.best_epoch for r in results if r.share == self.share]))
 
-    def median_of(self, name: str, results: list[FoldResult]) -> np.ndarray:
-        """The median, entry by entry, of `more[name]` of the fits with the run's own share of the labels."""
-        return np.asarray(np.median([r.more[name] for r in results if r.share == self.share], axis=0))
+    def median_of(self, name: str, results: list[FoldResult], *, otherwise: float) -> np.ndarray:
+        """The median, entry by entry, of `more[name]` of the fits with the run's own share of the labels that have the
+        entry: that are not NaN there; `otherwise` where none has."""
+        values = np.stack([r.more[name] for r in results if r.share == self.share])
+        some, found = ~np.isnan(values).all(axis=0), np.full(values.shape[1:], float(otherwise))
+        found[some] = np.nanmedian(values[:, some], axis=0)
+        return found
 
     def features(self) -> np.ndarray:
         """Features [N, D] of all labelled rows, under the initial network or radiomic, kept for an interrupted run."""
@@ -304,9 +308,9 @@ def hierarchical(fitting: Fitting) -> Trained:
     require_stackable(fitting.labels, config.stack, fitting.sides)
     more = {"small_networks": settled()} if config.learner == "features" else {}
     results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers), more=more)
-    epochs = np.rint(fitting.median_of("epochs", results)).astype(np.int64)
+    epochs = np.rint(fitting.median_of("epochs", results, otherwise=0)).astype(np.int64)  # 0: the learner decides
     say(f"refitting on {len(fitting.kept):,} images for {_listed(epochs)} epochs, the medians of the folds")
-    alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results))
+    alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results, otherwise=1))
     content, weights, features = fitting.alone(refit_hierarchy, *alone)
     network = fitting.initial.network
     if config.learner == "network":

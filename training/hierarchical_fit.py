@@ -51,26 +51,27 @@ class Fitted:
 def hierarchical_fold(ground: Ground, fold: Fold) -> FoldResult:
     """The hierarchy of the fold's training rows; judges its test rows.
 
-    `more` has the best epoch and the temperature of each node of each chain, [C, nodes].
+    `more` has the best epoch and the temperature of each node of each chain, [C, nodes]; NaN where it has no module.
     """
     fitted = fit_hierarchy(ground, fold.train, (fold.repeat, fold.fold), ground.seed + fold.repeat)
     hierarchy, learner = fitted.hierarchy, ground.learner
     known = fold.train[sampled_rows(len(fold.train), FOLD_REFERENCE)] if ground.kind == "network" else fold.train
     first = _first_module(hierarchy.chains)
-    heads = [[head.temperature for head in chain.heads] for chain in hierarchy.chains]
-    epochs = [chain.epochs for chain in hierarchy.chains]
+    heads = np.asarray([[head.temperature for head in chain.heads] for chain in hierarchy.chains])
+    epochs = np.asarray([chain.epochs for chain in hierarchy.chains], dtype=np.float64)
+    there = np.asarray([[head.module >= 0 for head in chain.heads] for chain in hierarchy.chains])
     return FoldResult(
         repeat=fold.repeat,
         fold=fold.fold,
         test=fold.test,
         probabilities=judged_by(ground, hierarchy, fold.test),
-        best_epoch=epochs[0][0],
+        best_epoch=int(epochs[0, 0]),
         history=[],
         distances=distances_to(learner.seen(first, known), learner.seen(first, fold.test)),
         inner_rows=fitted.judged,
         inner_probabilities=fitted.probabilities,
         share=fold.share,
-        more={"epochs": np.asarray(epochs, dtype=np.float64), "temperatures": np.asarray(heads)},
+        more={"epochs": np.where(there, epochs, np.nan), "temperatures": np.where(there, heads, np.nan)},
     )
 
 

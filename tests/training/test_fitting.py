@@ -124,3 +124,28 @@ def test_fits_of_small_networks_are_known_by_what_no_flag_says_of_them(
         for _ in range(2):
             replace(first, config=config).run()
             assert len(list(fits.iterdir())) == known + 1
+
+
+def test_a_refit_takes_its_medians_over_the_fits_that_had_the_module(
+    first: Fitting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folds of three train on no image of `b/two`, so they ask nothing below b, and say nothing of how long the
+    module of the refit, which does, is to be trained."""
+    monkeypatch.setattr("training.fitting.run_folds", in_process)
+    names = ["a", "b/one", "a", "b/two"] * 3
+    classes = sorted(set(names))
+    rare = np.flatnonzero(np.asarray(names) == "b/two")
+    others = np.setdiff1d(np.arange(ROWS), rare)
+    folds = [Fold(0, at, side, others[:2]) for at, side in enumerate([np.arange(ROWS), others[2:], others[2:]])]
+    labels = Labels(np.asarray([classes.index(n) for n in names]), names, [f"g{at}" for at in range(ROWS)], "group")
+    config = replace(first.config, task="hierarchical", learner="features", epochs=4, structure="independent")
+    fitting = replace(first, labels=labels, classes=classes, folds=folds, kept=np.arange(ROWS), config=config)
+    results = fitting.run().results
+    epochs, temperatures = (np.stack([r.more[name][0] for r in results]) for name in ("epochs", "temperatures"))
+    assert np.isnan(epochs[1:, 1]).all() and np.isnan(temperatures[1:, 1]).all()
+    assert epochs[0, 1] >= 1
+    for name, values in (("epochs", epochs), ("temperatures", temperatures)):
+        found = fitting.median_of(name, results, otherwise=7)
+        np.testing.assert_allclose(found, [[np.median(values[:, 0]), values[0, 1]]])
+    nothing = [replace(r, more={"epochs": np.full((1, 2), np.nan)}) for r in results]
+    assert fitting.median_of("epochs", nothing, otherwise=7).tolist() == [[7, 7]]
