@@ -158,6 +158,21 @@ def test_a_level_of_no_weight_teaches_its_columns_nothing() -> None:
     assert logits.grad[:, 3:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("structure", ["joint", "flat"])
+def test_held_rows_that_cannot_be_judged_stop_nothing(structure: str) -> None:
+    """They are of a class that nobody was trained on: their loss is not 0, and the last epoch counts."""
+    features, truth, _ = toy()
+    train, held = np.flatnonzero(truth < 2), np.flatnonzero(truth == 4)
+    tree = flat_tree(CLASSES) if structure == "flat" else tree_of(CLASSES)
+    objective = joint_objective(tree, truth[train], (), 0.1)
+    logits = torch.zeros(len(held), tree.width, requires_grad=True)
+    assert torch.isnan(objective.plain()(logits, truth[held]))
+    objective(logits, truth[held]).backward()
+    assert logits.grad is not None and not logits.grad.any()  # a batch of them teaches nothing, and breaks nothing
+    chain = fit_chain(structure, small(features, epochs=7), CLASSES, truth, train, held, (0,))
+    assert chain.epochs[0] == 7
+
+
 # What learns from whom
 
 
