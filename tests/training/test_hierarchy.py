@@ -165,12 +165,18 @@ def test_held_rows_that_cannot_be_judged_stop_nothing(structure: str) -> None:
     train, held = np.flatnonzero(truth < 2), np.flatnonzero(truth == 4)
     tree = flat_tree(CLASSES) if structure == "flat" else tree_of(CLASSES)
     objective = joint_objective(tree, truth[train], (), 0.1)
-    logits = torch.zeros(len(held), tree.width, requires_grad=True)
-    assert torch.isnan(objective.plain()(logits, truth[held]))
-    objective(logits, truth[held]).backward()
-    assert logits.grad is not None and not logits.grad.any()  # a batch of them teaches nothing, and breaks nothing
+    assert torch.isnan(objective.plain()(torch.zeros(len(held), tree.width), truth[held]))
     chain = fit_chain(structure, small(features, epochs=7), CLASSES, truth, train, held, (0,))
     assert chain.epochs[0] == 7
+
+
+def test_a_batch_that_no_weighted_level_reaches_teaches_nothing_and_breaks_nothing() -> None:
+    tree, healthy = tree_of(CLASSES), np.zeros(3, dtype=np.int64)
+    logits = torch.zeros(3, tree.width, requires_grad=True)
+    objective = joint_objective(tree, np.arange(6), (0.0, 1.0), 0.1)
+    objective(logits, healthy).backward()
+    assert logits.grad is not None and not logits.grad.any()
+    assert torch.isnan(objective.plain()(logits, healthy))
 
 
 # What learns from whom
