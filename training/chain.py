@@ -2,6 +2,10 @@
 
 A stage, and the target judged from an earlier point, is kept beside `--out` under the hash of its content, so that
 another target, or a chain with one more stage, finds it; each is a RUN of its own verb, which goes on where it stopped.
+
+Source: double transfer, Alzubaidi et al., Cancers 13:1590, 2021, whose pretext is not public. Not here: a pretext that
+names the collection which an image is from, a tenth of the rate for layers that were handed on (`--layer-decay` grades
+them), and a vote over the patches of an image.
 """
 
 from __future__ import annotations
