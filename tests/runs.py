@@ -11,12 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from training.artifact import ModelCard, save_model
 from training.configs import PretrainConfig
+from training.encoder import Architecture
+from training.images import ImagePath
+from training.transform import Input
 
 ROOT = Path(__file__).parents[1]
 START_S = 180
@@ -46,6 +50,15 @@ def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
         checkpoint_s=0.2,
     )
     return replace(config, **changes)
+
+
+def weights_run(run: Path, *, seen: Iterable[str] = (), labelled: Iterable[str] = ()) -> Path:
+    """A RUN that trained nothing but says whose images, and whose labels, its weights have seen."""
+    card = ModelCard(
+        Architecture("test_vit", 32, 32, 3, 16), ImagePath(32, 32), Input(32, 32, 3, (0.5,) * 3, (0.5,) * 3)
+    )
+    save_model(run / "model", card, card.architecture.build(), seen=seen, labelled=labelled)
+    return run
 
 
 def rows_of(run: str | Path) -> list[dict[str, Any]]:

@@ -14,16 +14,15 @@ from sklearn.metrics import balanced_accuracy_score
 
 from cluster.errors import UsageError
 from cluster.session import Resources
-from tests.runs import rayograph
-from training.artifact import ModelCard, read_card, save_model
+from tests.runs import rayograph, weights_run
+from training import stages
+from training.artifact import read_card
 from training.configs import EvaluateConfig, IngestConfig, TransferConfig
 from training.dataset import Dataset
-from training.encoder import Architecture
 from training.evaluate import evaluate
 from training.ingest import ingest
 from training.lineage import labelled_by, own_images, seen_by
 from training.transfer import transfer
-from training.transform import Input
 
 pytestmark = pytest.mark.ray
 
@@ -106,15 +105,24 @@ def test_a_stage_with_labels_of_other_images_of_the_target_s_patients_is_refused
 
 def test_first_weights_with_labels_of_the_target_s_patients_are_refused(phantoms: Path, tmp_path: Path) -> None:
     data = halved(phantoms, tmp_path / "halved")
-    dataset = Dataset.open(data)
-    other = own_images(dataset.select(("half=a",), labelled=True))
-    card = ModelCard(
-        Architecture("test_vit", 32, 32, 3, 16), dataset.image_path, Input(32, 32, 3, (0.5,) * 3, (0.5,) * 3)
-    )
-    save_model(tmp_path / "first" / "model", card, card.architecture.build(), seen=other, labelled=other)
+    other = own_images(Dataset.open(data).select(("half=a",), labelled=True))
+    weights_run(tmp_path / "first", seen=other, labelled=other)
     stage = {"name": "pool", "verb": "pretrain", "data": str(data), "init": "first"}
     wanted = config(data, tmp_path / "run", written(tmp_path, stage), where=("half=b",), folds=2)
     refused(wanted, r"stage 'pool': --init .*first was trained with labels of \d+ groups of the target")
+
+
+def test_a_teacher_with_labels_of_the_target_s_patients_is_refused(phantoms: Path, tmp_path: Path) -> None:
+    images = own_images(Dataset.open(phantoms).select(labelled=True))
+    for name, labelled in (("taught", images), ("shown", frozenset[str]())):
+        weights_run(tmp_path / name, seen=images, labelled=labelled)
+    first = pool(phantoms) | {"epochs": 1}
+    taught = pool(phantoms, name="distilled", method="distill", teacher="taught")
+    del taught["model"]
+    wanted = config(phantoms, tmp_path / "run", written(tmp_path, first, taught))
+    refused(wanted, r"stage 'distilled': --teacher .*taught was trained with labels of \d+ groups of the target")
+    chain = stages.read_chain(written(tmp_path, first, taught | {"teacher": "shown"}))
+    assert stages.teacher_of(chain[1].config) == str(tmp_path / "shown") and stages.teacher_of(chain[0].config) is None
 
 
 def test_what_a_stage_or_the_target_cannot_do_is_said_before_the_first_stage_runs(

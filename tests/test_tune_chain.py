@@ -17,12 +17,14 @@ import yaml
 
 from cluster.cli import build_app
 from cluster.errors import RayographError, UsageError
-from tests.runs import Process, rayograph, rows_of
+from tests.runs import Process, rayograph, rows_of, weights_run
 from training.configs import TransferConfig
 from training.dataset import Dataset
+from training.lineage import own_images
 from tuning import TuneConfig, tune
 from tuning.ledger import Ledger
 from tuning.spaces import STUDIES, Range, defaults, space_for
+from tuning.study import Search
 from tuning.trial import Bench
 
 pytestmark = pytest.mark.ray
@@ -132,6 +134,34 @@ def test_no_held_out_image_reaches_a_trial(phantoms: Path, tmp_path: Path, monke
     for rows, name in ((bench.fit, "fit"), (bench.validation, "validation")):
         assert {side[whose[bench.pixels[r].tobytes()]] for r in rows} == {name}
     assert len(bench.fit) + len(bench.validation) == len(bench.pixels) == sum(s != "held_out" for s in side.values())
+
+
+@pytest.mark.parametrize("changes", [{"init": "taught"}, {"study": "hierarchical", "inits": ("shown", "taught")}])
+def test_first_weights_that_learnt_labels_of_the_search_s_groups_are_refused(
+    changes: dict[str, Any], phantoms: Path, tmp_path: Path
+) -> None:
+    """Also those among which a search may choose; that images alone were seen refuses nothing."""
+    images = own_images(Dataset.open(phantoms).select(labelled=True))
+    runs = {"shown": weights_run(tmp_path / "shown", seen=images)}
+    runs["taught"] = weights_run(tmp_path / "taught", seen=images, labelled=sorted(images)[:1])
+    named = {key: [str(runs[v]) for v in value] if key == "inits" else value for key, value in changes.items()}
+    named |= {"init": str(runs["taught"])} if "init" in changes else {"init": "none"}
+    with pytest.raises(UsageError, match=r"first weights .*taught learnt from labels of 1 of the groups") as caught:
+        tune(config(phantoms, tmp_path / "out", **named))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out" / "study.db").exists()
+
+
+def test_the_report_counts_what_any_of_the_first_weights_saw(phantoms: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(phantoms)
+    selection = dataset.select(labelled=True)
+    half = own_images(selection.take(np.arange(0, len(selection), 2)))
+    run = weights_run(tmp_path / "other", seen=half)
+    for inits, counted in (((), frozenset()), ((str(run),), half)):
+        wanted = config(phantoms, tmp_path / f"out-{len(inits)}", study="hierarchical", inits=inits)
+        with wanted.open_out("tune") as out:
+            search = Search(wanted, dataset, selection, out)
+            assert search.seen == len(own_images(selection.take(search.sides.held_out)) & counted)
 
 
 @pytest.mark.slow

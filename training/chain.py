@@ -2,6 +2,10 @@
 
 A stage, and the target judged from an earlier point, is kept beside `--out` under the hash of its content, so that
 another target, or a chain with one more stage, finds it; each is a RUN of its own verb, which goes on where it stopped.
+
+Source: double transfer, Alzubaidi et al., Cancers 13:1590, 2021, whose pretext is not public. Not here: a pretext that
+names the collection which an image is from, a tenth of the rate for layers that were handed on (`--layer-decay` grades
+them), and a vote over the patches of an image.
 """
 
 from __future__ import annotations
@@ -126,7 +130,7 @@ class _Chain:
             before = stages.key_of(stage.verb, stage.config, dataset.version, before, network)
             place = _place(config, stage.verb, before)
             links.append(Planned(stage, dataset, selection, shared, before, place))
-        _refuse_seen(read[0], target, judged)
+        _refuse_seen(read, target, judged)
         return cls(config, target, judged, layout, links)
 
     def refuse_other(self) -> None:
@@ -251,15 +255,18 @@ def _refuse_leak(stage: Stage, shared: Overlap, target: str) -> None:
         )
 
 
-def _refuse_seen(first: Stage, target: Dataset, judged: Selection) -> None:
-    """Raises UsageError where the chain's first weights, a RUN, were trained with labels of the target's groups."""
-    groups = groups_of(labelled_by(first.config.init), target.manifest, judged.table)
-    if groups:
-        raise UsageError(
-            f"{first.where}: --init {first.config.init} was trained with labels of {len(groups):,} groups of the "
-            f"target, such as {storage.printable(min(groups))!r}: they would leak into its test folds; start from "
-            "other weights"
-        )
+def _refuse_seen(chain: list[Stage], target: Dataset, judged: Selection) -> None:
+    """Raises UsageError where weights that the chain is given, those of its start or of a teacher, were trained with
+    labels of the target's groups."""
+    given = [(chain[0], "init", chain[0].config.init)]
+    given += [(stage, "teacher", run) for stage in chain if (run := stages.teacher_of(stage.config)) is not None]
+    for stage, flag, run in given:
+        groups = groups_of(labelled_by(run), target.manifest, judged.table)
+        if groups:
+            raise UsageError(
+                f"{stage.where}: --{flag} {run} was trained with labels of {len(groups):,} groups of the target, such "
+                f"as {storage.printable(min(groups))!r}: they would leak into its test folds; use other weights"
+            )
 
 
 def _place(config: TransferConfig, verb: str, key: str) -> str:

@@ -132,7 +132,7 @@ def unseen(config: EvaluateConfig, data: str, runs: Mapping[str, str], out: OutD
     card = cards[config.model]
     _require_same_inputs(config, cards)
     labelled = dataset.select(config.where, labelled=True)
-    selection = Selection(joined(labelled.table, card.inputs, card.input_column))
+    selection = Selection(joined(labelled.table, card.inputs, card.input_column, some=True))
     classes = list(card.classes)
     _require_known_classes(config, cards, selection)
     allow = config.allow_seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from training.domain import LARGEST, distances_to, sampled_rows
 from training.learnt import retrieved
 from training.probabilities import from_logits
-from training.splits import Fold, cross_validation, hold_out
+from training.splits import Fold, cross_validation, hold_out, require_inner
 from training.tasks.finetune import Recipe, fine_tune, predict
 from training.tasks.frozen import INNER_FOLDS, Inner
 from training.tasks.fusion import Fused, Head, fit_fused, fit_head, judge_inner
@@ -151,6 +151,12 @@ def _fit(columns: int, task: str, features: np.ndarray, truth: np.ndarray, inner
     if columns:
         return fit_fused(task, features, truth, inner, classes, columns)
     return fit_head(task, features, truth, inner, classes)
+
+
+def require_judges(labels: Labels, sides: Iterable[np.ndarray], task: str) -> None:
+    """Raises UsageError where the inner folds of a frozen task cannot be laid in a training side."""
+    known: dict[str, str] = {"split": labels.split, "flag": f"--task {task}", "way_out": "use --task finetune"}
+    require_inner(labels.names, labels.groups, sides, **known)
 
 
 def _inner(labels: Labels, rows: np.ndarray, seed: int) -> Inner:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -31,17 +35,18 @@ from training.fit import (
     metric_fold,
     refit_metric,
     refit_network,
+    require_judges,
 )
 from training.fits import PROTOCOL, Fits
 from training.folds import run_folds
-from training.hierarchical_fit import Ground, hierarchical_fold, refit_hierarchy
+from training.hierarchical_fit import Ground, hierarchical_fold, refit_hierarchy, require_stackable
 from training.splits import Fold
 from training.tasks.finetune import Recipe, recipe_for, started_from
 from training.tasks.frozen import chosen_by
 from training.tasks.fusion import Fused
 from training.tasks.inputs import inputs_of
 from training.tasks.label_sets import LabelSets
-from training.tasks.learners import Learner, Networks, small_networks_for
+from training.tasks.learners import Learner, Networks, settled, small_networks_for
 from training.tasks.metric import metric_recipe
 from training.tasks.nearness import METRIC
 from training.tasks.structures import tree_for
@@ -128,20 +133,32 @@ class Fitting:
         """The median best epoch of the fits with the run's own share of the labels."""
         return int(np.median([r.best_epoch for r in results if r.share == self.share]))
 
-    def median_of(self, name: str, results: list[FoldResult]) -> np.ndarray:
-        """The median, entry by entry, of `more[name]` of the fits with the run's own share of the labels."""
-        return np.asarray(np.median([r.more[name] for r in results if r.share == self.share], axis=0))
+    def median_of(self, name: str, results: list[FoldResult], *, otherwise: float) -> np.ndarray:
+        """The median, entry by entry, of `more[name]` of the fits with the run's own share of the labels that have the
+        entry: that are not NaN there; `otherwise` where none has."""
+        values = np.stack([r.more[name] for r in results if r.share == self.share])
+        some, found = ~np.isnan(values).all(axis=0), np.full(values.shape[1:], float(otherwise))
+        found[some] = np.nanmedian(values[:, some], axis=0)
+        return found
 
     def features(self) -> np.ndarray:
         """Features [N, D] of all labelled rows, under the initial network or radiomic, kept for an interrupted run."""
-        cache = self.out.path / f"features{self.described.tag}.safetensors"
-        if not cache.exists():
+        cache, key = self.out.path / f"features{self.described.tag}.safetensors", self._features_key()
+        if not cache.exists() or _key_in(cache) != key:
             parts = [self._deep()] if self.described.layers else []
             parts += [self._radiomic()] if self.described.radiomic else []
             partial = cache.with_name(f".{cache.name}")
-            save_file({"features": np.concatenate(parts, axis=1)}, partial)
+            save_file({"features": np.concatenate(parts, axis=1)}, partial, metadata={"key": key})
             storage.publish_file(partial, cache)
         return np.asarray(load_file(cache)["features"])
+
+    def _features_key(self) -> str:
+        """All that decides the features: between a kill and the resume a RUN at `--init` may have been trained further,
+        and `--data` ingested anew."""
+        first = self.initial
+        network = [first.provenance, first.architecture.as_dict(), first.input.as_dict(), self.described.as_dict()]
+        known = [self.dataset.version, self.image_ids, network]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def _deep(self) -> np.ndarray:
         torch.set_num_threads(cores())
@@ -209,6 +226,11 @@ class Fitting:
         return Fits(self.out.path / folder, subject, self.image_ids)
 
     @property
+    def sides(self) -> list[np.ndarray]:
+        """The rows that each fit, and the refit, learns from."""
+        return [*(fold.train for fold in self.folds), self.kept]
+
+    @property
     def image_ids(self) -> list[str]:
         return self.selection.column("image_id")
 
@@ -241,7 +263,9 @@ def metric(fitting: Fitting) -> Trained:
 
 def frozen(fitting: Fitting) -> Trained:
     """A classifier on the features of the first weights, which stay as they are; or two whose scores are averaged."""
-    config, features, described = fitting.config, fitting.features(), fitting.described
+    config, described = fitting.config, fitting.described
+    require_judges(fitting.labels, fitting.sides, config.task)
+    features = fitting.features()
     shared = (config.task, features, fitting.labels)
     count, seed = len(fitting.classes), config.seed
     if config.features == "fused":
@@ -266,6 +290,12 @@ def frozen(fitting: Fitting) -> Trained:
     )
 
 
+def _key_in(cache: Path) -> str | None:
+    """What a file of features was kept by; None for one of older code."""
+    with safe_open(cache, framework="np") as file:
+        return (file.metadata() or {}).get("key")
+
+
 def _radiomic_part(pixels: np.ndarray, stored: tuple[int, int], at: int) -> tuple[int, np.ndarray]:
     return at, radiomic(pixels[at : at + RADIOMIC_IMAGES], stored)
 
@@ -275,10 +305,12 @@ def hierarchical(fitting: Fitting) -> Trained:
     config = fitting.config
     if fitting.labels.several:
         raise UsageError("--task hierarchical: images have several labels, and it judges one class for each")
-    results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers))
-    epochs = np.rint(fitting.median_of("epochs", results)).astype(np.int64)
+    require_stackable(fitting.labels, config.stack, fitting.sides)
+    more = {"small_networks": settled()} if config.learner == "features" else {}
+    results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers), more=more)
+    epochs = np.rint(fitting.median_of("epochs", results, otherwise=0)).astype(np.int64)  # 0: the learner decides
     say(f"refitting on {len(fitting.kept):,} images for {_listed(epochs)} epochs, the medians of the folds")
-    alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results))
+    alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results, otherwise=1))
     content, weights, features = fitting.alone(refit_hierarchy, *alone)
     network = fitting.initial.network
     if config.learner == "network":

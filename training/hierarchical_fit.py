@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from cluster.errors import UsageError
 from training.domain import LARGEST, distances_to, sampled_rows
 from training.fit import FOLD_REFERENCE, HELD_FRACTION, FoldResult, Labels
-from training.splits import Fold, cross_validation, hold_out
+from training.splits import Fold, cross_validation, hold_out, require_inner
 from training.tasks.chains import Hierarchy
 from training.tasks.frozen import Inner
 from training.tasks.inputs import Inputs
@@ -51,26 +51,27 @@ class Fitted:
 def hierarchical_fold(ground: Ground, fold: Fold) -> FoldResult:
     """The hierarchy of the fold's training rows; judges its test rows.
 
-    `more` has the best epoch and the temperature of each node of each chain, [C, nodes].
+    `more` has the best epoch and the temperature of each node of each chain, [C, nodes]; NaN where it has no module.
     """
     fitted = fit_hierarchy(ground, fold.train, (fold.repeat, fold.fold), ground.seed + fold.repeat)
     hierarchy, learner = fitted.hierarchy, ground.learner
     known = fold.train[sampled_rows(len(fold.train), FOLD_REFERENCE)] if ground.kind == "network" else fold.train
     first = _first_module(hierarchy.chains)
-    heads = [[head.temperature for head in chain.heads] for chain in hierarchy.chains]
-    epochs = [chain.epochs for chain in hierarchy.chains]
+    heads = np.asarray([[head.temperature for head in chain.heads] for chain in hierarchy.chains])
+    epochs = np.asarray([chain.epochs for chain in hierarchy.chains], dtype=np.float64)
+    there = np.asarray([[head.module >= 0 for head in chain.heads] for chain in hierarchy.chains])
     return FoldResult(
         repeat=fold.repeat,
         fold=fold.fold,
         test=fold.test,
         probabilities=judged_by(ground, hierarchy, fold.test),
-        best_epoch=epochs[0][0],
+        best_epoch=int(epochs[0, 0]),
         history=[],
         distances=distances_to(learner.seen(first, known), learner.seen(first, fold.test)),
         inner_rows=fitted.judged,
         inner_probabilities=fitted.probabilities,
         share=fold.share,
-        more={"epochs": np.asarray(epochs, dtype=np.float64), "temperatures": np.asarray(heads)},
+        more={"epochs": np.where(there, epochs, np.nan), "temperatures": np.where(there, heads, np.nan)},
     )
 
 
@@ -174,12 +175,20 @@ def out_of_fold(ground: Ground, rows: np.ndarray, inner: Inner, key: tuple[objec
     return found
 
 
+def require_stackable(labels: Labels, stack: str, sides: Iterable[np.ndarray]) -> None:
+    """Raises UsageError where a meta-learner is asked for and a training side has no inner folds to fit it on."""
+    if stack != "none":
+        known: dict[str, str] = {"split": labels.split, "flag": f"--stack {stack}", "way_out": "leave --stack out"}
+        require_inner(labels.names, labels.groups, sides, **known)
+
+
 def inner_folds(ground: Ground, rows: np.ndarray, seed: int) -> Inner:
     """As many grouped folds of rows [R] as the rarest class allows, at most `STACKING_FOLDS`; places within them."""
+    require_stackable(ground.labels, ground.stack, [rows])
     names, groups = ground.labels.take(rows)
     own = groups if ground.labels.split != "image" else [str(row) for row in rows]
     rarest = min(len({g for g, n in zip(own, names, strict=True) if n == name}) for name in set(names))
-    count = max(2, min(STACKING_FOLDS[ground.kind], rarest))
+    count = min(STACKING_FOLDS[ground.kind], rarest)
     folds = cross_validation(names, own, folds=count, repeats=1, split="group", seed=seed)
     return [(fold.train, fold.test) for fold in folds]
 

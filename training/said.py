@@ -62,7 +62,7 @@ def said_of(
     pooler = _pooler(run, _dimension(model), width) if attention else None
     features, parts = [], []
     card = model.card
-    inputs = inputs_of(selection.table, card.inputs, card.input_column) if card.inputs else None
+    inputs = inputs_of(selection.table, card.inputs, card.input_column, some=True) if card.inputs else None
     with progress("evaluate", len(selection), "images") as bar:
         for at in range(0, len(selection), STEP):
             part = np.arange(at, min(at + STEP, len(selection)))

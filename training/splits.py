@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -175,6 +175,26 @@ def hold_out(labels: Sequence[str], groups: Sequence[str], *, fraction: float, s
     train, held_rows = np.flatnonzero(~held), np.flatnonzero(held)
     _require_apart(g, train, held_rows)
     return train, held_rows
+
+
+def require_inner(
+    labels: Sequence[str], groups: Sequence[str], sides: Iterable[Rows], *, split: str, flag: str, way_out: str
+) -> None:
+    """Inner folds can be laid in each of the training `sides`: none has a class of which it has one group (image, of
+    `split` image) alone. `labels` and `groups` are of all rows; `flag` is what asks for inner folds.
+
+    Raises:
+        UsageError: one has.
+    """
+    y, own = np.asarray(labels, dtype=str), _own_groups(groups if split != "image" else [""] * len(groups))
+    for rows in sides:
+        short = next((name for name, mark in _marks(y[rows]).items() if len(np.unique(own[rows][mark])) < 2), None)
+        if short is not None:
+            noun = "group" if split != "image" else "image"
+            raise UsageError(
+                f"{flag}: class {short!r} has one {noun} in the training side of a fold, but its inner folds need two: "
+                f"merge or drop the class, or {way_out}"
+            )
 
 
 def _marks(labels: NDArray[np.str_]) -> dict[str, NDArray[np.bool_]]:

@@ -233,10 +233,18 @@ def key_of(
     settings = {k: v for k, v in config.identity().items() if k not in {"data", "init", "stages"}}
     if settings.get("searched_on", "") is None:  # says nothing of the weights, and keys of before it was known stand
         del settings["searched_on"]
-    if isinstance(config, PretrainConfig) and METHODS[config.method].NEEDS_TEACHER:
-        settings["teacher"] = origin_key(config.teacher)
+    teacher = teacher_of(config)
+    if teacher is not None:
+        settings["teacher"] = origin_key(teacher)
     content = [FORMAT, artifact.FORMAT, verb, settings, dataset, before, network.as_dict() if network else None]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def teacher_of(config: PretrainConfig | TransferConfig) -> str | None:
+    """The weights that a stage learns from beside its images, where its method has a teacher."""
+    if isinstance(config, TransferConfig) or not METHODS[config.method].NEEDS_TEACHER:
+        return None
+    return config.teacher
 
 
 def origin_key(init: str) -> str:

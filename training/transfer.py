@@ -97,9 +97,9 @@ def refuse_taught(init: str, dataset: Dataset, selection: Selection) -> None:
     groups = groups_of(labelled_by(init), dataset.manifest, selection.table)
     if groups:
         raise UsageError(
-            f"--init {init} learnt from labels of {len(groups):,} of the groups that are judged here, such as "
-            f"{storage.printable(min(groups))!r}: they would leak into the test folds; start from other weights, or "
-            "leave those groups out by --where"
+            f"first weights {init} learnt from labels of {len(groups):,} of the groups that are judged here, such as "
+            f"{storage.printable(min(groups))!r}: they would leak into what judges; start from other weights, or leave "
+            "those groups out by --where"
         )
 
 

@@ -53,10 +53,14 @@ def write_trials(path: Path, records: list[Record], space: Space) -> None:
     storage.publish_file(partial, path)
 
 
-def write_best(path: Path, config: TuneConfig, best: Record, dataset: str) -> None:
+def write_best(path: Path, config: TuneConfig, best: Record, dataset: str, input_column: str | None = None) -> None:
     """best.yaml: a config of `transfer` without --data and --out, which go with the command that uses it; it says on
-    which version of a DATASET it was searched."""
+    which version of a DATASET it was searched.
+
+    `input_column` is where the search found the inputs: the winner may have one alone, which several columns may name.
+    """
     chosen = config.trial(best.params).as_dict()
+    chosen |= {"input_column": input_column} if chosen["inputs"] else {}
     own = [*OF_HIERARCHY] if config.study == HIERARCHICAL else []
     kept = dict.fromkeys([*(name for name in FIXED if name != "device"), *own, *best.params])
     settings = {name: chosen[name] for name in kept} | {"searched_on": dataset}
@@ -149,8 +153,8 @@ def _result_section(best: Record, judged: Judgement, protocol: dict[str, Any], s
     if seen:
         blocks.append(
             report.Warning(
-                f"{seen:,} of the held-out images were seen by the first weights. Where those were trained with "
-                "labels, these figures are too good."
+                f"{seen:,} of the held-out images were seen, without their labels, in the training of first weights. "
+                "On images that no weights have seen, figures may be lower."
             )
         )
     return report.Section("Result", blocks)

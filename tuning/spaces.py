@@ -8,14 +8,15 @@ from typing import Any, Protocol
 
 from training.configs import TransferConfig
 
-PRETRAINED_VIT = "a pretrained ViT"
+PRETRAINED_VIT, SEVERAL_LEVELS = "a pretrained ViT", "a class tree of several levels"
 
 
 @dataclass(frozen=True)
 class Range:
     """Values from `low` to `high`, both included, evenly or on a logarithmic scale.
 
-    `only` names the one kind of first weights for which the field means anything; empty where it always does.
+    `only` names the one kind of first weights, or of classes, for which the field means anything; empty where it always
+    does.
     """
 
     low: float
@@ -76,7 +77,7 @@ STUDIES: dict[str, dict[str, Setting]] = {
         "init": Choice(()),
         "inputs": Choice(()),
         "structure": Choice(("transferred", "independent", "flat", "joint")),
-        "level_weights": Range(0.1, 10.0, log=True, default=1.0, when=("structure", "joint")),
+        "level_weights": Range(0.1, 10.0, log=True, only=SEVERAL_LEVELS, default=1.0, when=("structure", "joint")),
         "stack": Choice(("none", "forest", "logistic")),
         "lr": Range(1e-4, 1e-2, log=True),
         "weight_decay": Range(1e-3, 0.3, log=True),
@@ -86,14 +87,22 @@ STUDIES: dict[str, dict[str, Setting]] = {
 """A choice without values is of what the search was given; of one value or none it is left out."""
 
 
-def space_for(study: str, *, pretrained_vit: bool, given: Mapping[str, tuple[str, ...]] | None = None) -> Space:
-    """The fields of a study that mean something for these first weights, and for what is `given` to choose from."""
+def space_for(
+    study: str,
+    *,
+    pretrained_vit: bool,
+    several_levels: bool = True,
+    given: Mapping[str, tuple[str, ...]] | None = None,
+) -> Space:
+    """The fields of a study that mean something for these first weights and classes, and for what is `given` to choose
+    from."""
+    holds = {"": True, PRETRAINED_VIT: pretrained_vit, SEVERAL_LEVELS: several_levels}
     found: dict[str, Setting] = {}
     for name, setting in STUDIES[study].items():
         if isinstance(setting, Choice) and not setting.values:
             setting = replace(setting, values=(given or {}).get(name, ()))  # noqa: PLW2901
         known = not isinstance(setting, Choice) or len(setting.values) > 1
-        if known and (pretrained_vit or setting.only != PRETRAINED_VIT):
+        if known and holds[setting.only]:
             found[name] = setting
     return found
 

@@ -29,7 +29,10 @@ from training.folds import run_folds
 from training.ingest import resolve_data
 from training.lineage import own_images, seen_by
 from training.tasks.finetune import Recipe, recipe_for
-from training.tasks.inputs import inputs_of, joined
+from training.tasks.hierarchy import tree_of
+from training.tasks.inputs import column_of, inputs_of, joined
+from training.transfer import refuse_taught
+from training.units import units_of
 from training.weights import initial_weights, wanted_for
 from tuning.configs import HIERARCHICAL, TuneConfig
 from tuning.hierarchical import HierarchicalBench, final_fit, search_bench
@@ -44,7 +47,7 @@ from tuning.report import (
     write_tune_report,
 )
 from tuning.search import Bench, run_search
-from tuning.spaces import defaults, space_for
+from tuning.spaces import Space, defaults, space_for
 from tuning.trial import bench_for, split_sides
 
 
@@ -62,7 +65,10 @@ def tune(config: TuneConfig) -> dict[str, Any]:
             return out.summary()
         dataset = resolve_data(config.data, out=config.out)
         labelled = dataset.select(config.where, labelled=True)
-        search = _Search(config, dataset, Selection(joined(labelled.table, config.inputs, config.input_column)), out)
+        selection = Selection(joined(labelled.table, config.inputs, config.input_column))
+        for init in config.given["init"]:
+            refuse_taught(init, dataset, selection)
+        search = Search(config, dataset, selection, out)
         started = time.monotonic()
         with session(cpus=cores() + 2, log=out.log) as found:
             device = device_in(config.device, found)
@@ -73,7 +79,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         return summary
 
 
-class _Search:
+class Search:
     """One search: its rows, its trials, and how the best of them is judged."""
 
     def __init__(self, config: TuneConfig, dataset: Dataset, selection: Selection, out: OutDir) -> None:
@@ -81,6 +87,8 @@ class _Search:
         self.default = config.trial({})
         names = selection.column("label")
         self.groups: list[str] = selection.column("group")
+        if self.default.unit == "case":  # one of two patients would be on two sides
+            units_of("case", names, selection.column("case"), self.groups)
         self.classes = leaves(names)
         self.truth = np.asarray([self.classes.index(name) for name in names])
         self.sides = split_sides(names, self.groups, holdout=config.holdout, seed=config.seed)
@@ -90,7 +98,7 @@ class _Search:
         self.wanted = wanted_for(self.default, self.dataset, device)
         vit = initial_weights(self.wanted).architecture.patch is not None
         pretrained = vit and self.config.init != "none"
-        self.space = space_for(self.config.study, pretrained_vit=pretrained, given=self.config.given)
+        self.space = self.space_of(pretrained_vit=pretrained)
         self._announce(workers)
         pixels = self.dataset.pixels(self.selection)
         self.records = self._search(pixels, workers)
@@ -104,6 +112,18 @@ class _Search:
         self.best = best
         self.judged = self._judge(pixels)
         self._write()
+
+    def space_of(self, *, pretrained_vit: bool) -> Space:
+        """What is searched, of these classes."""
+        levels = tree_of(self.classes).levels if self.config.study == HIERARCHICAL else 1
+        given = self.config.given
+        return space_for(self.config.study, pretrained_vit=pretrained_vit, several_levels=levels > 1, given=given)
+
+    @property
+    def input_column(self) -> str | None:
+        """The column that tells the inputs, which one input alone may not be enough to find."""
+        names, column = self.config.inputs, self.config.input_column
+        return column_of(self.selection.table, names, column) if names else None
 
     def _search(self, pixels: np.ndarray, workers: int) -> list[Record]:
         config = self.config
@@ -233,13 +253,18 @@ class _Search:
         storage.publish_file(partial, self.out.path / "split.parquet")
 
     def _write(self) -> None:
-        seen = len(own_images(self.selection.take(self.sides.held_out)) & seen_by(self.config.init))
         write_trials(self.out.path / "trials.parquet", self.records, self.space)
-        write_best(self.out.path / "best.yaml", self.config, self.best, self.dataset.version)
+        write_best(self.out.path / "best.yaml", self.config, self.best, self.dataset.version, self.input_column)
         draw_history(self.out.path / "figures", self.records)
         write_tune_report(
-            self.out.path, self.config, self.space, self.records, self.best, self.judged, self._protocol(), seen
+            self.out.path, self.config, self.space, self.records, self.best, self.judged, self._protocol(), self.seen
         )
+
+    @property
+    def seen(self) -> int:
+        """Held-out images that any of the first weights saw."""
+        shown = frozenset[str]().union(*(seen_by(init) for init in self.config.given["init"]))
+        return len(own_images(self.selection.take(self.sides.held_out)) & shown)
 
     def summary(self) -> dict[str, Any]:
         states = [r.outcome.state for r in self.records]

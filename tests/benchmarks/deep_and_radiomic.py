@@ -2,6 +2,10 @@
 
 The claims are those of Huynh, Li & Giger (J Med Imaging 3(3), 2016) on 219 breast lesions: each kind of feature alone
 reaches an AUC of 0.81, their ensemble 0.86.
+
+What differs: AUC is of images, not of lesions; folds, intervals and DeLong's tests go by group. Holm's correction is
+over the four comparisons of the fusion with another arm on one set; deep against radiomic, and the two sets, are
+questions of their own.
 """
 
 from __future__ import annotations

@@ -109,11 +109,23 @@ def transfers(name: str) -> list[tuple[str, str, Path, list[str]]]:
     return found
 
 
+def ingested(name: str) -> Path:
+    """The DATASET of a study."""
+    study, out = STUDIES[name], CACHE / name
+    run(["ingest", str(DATA / study.index), "--out", str(out), *study.ingest])
+    return out
+
+
+def pretrained(name: str) -> Path:
+    """The RUN of `pretrain` of a study, whose DATASET stands."""
+    out = CACHE / f"{name}-mae"
+    run(["pretrain", "--data", str(CACHE / name), "--out", str(out), *STUDIES[name].pretrain])
+    return out
+
+
 def compute(name: str) -> None:
-    study = STUDIES[name]
-    data = str(CACHE / name)
-    run(["ingest", str(DATA / study.index), "--out", data, *study.ingest])
-    run(["pretrain", "--data", data, "--out", str(CACHE / f"{name}-mae"), *study.pretrain])
+    ingested(name)
+    pretrained(name)
     for _, _, _, command in transfers(name):
         run(command)
 

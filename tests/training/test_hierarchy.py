@@ -158,6 +158,27 @@ def test_a_level_of_no_weight_teaches_its_columns_nothing() -> None:
     assert logits.grad[:, 3:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("structure", ["joint", "flat"])
+def test_held_rows_that_cannot_be_judged_stop_nothing(structure: str) -> None:
+    """They are of a class that nobody was trained on: their loss is not 0, and the last epoch counts."""
+    features, truth, _ = toy()
+    train, held = np.flatnonzero(truth < 2), np.flatnonzero(truth == 4)
+    tree = flat_tree(CLASSES) if structure == "flat" else tree_of(CLASSES)
+    objective = joint_objective(tree, truth[train], (), 0.1)
+    assert torch.isnan(objective.plain()(torch.zeros(len(held), tree.width), truth[held]))
+    chain = fit_chain(structure, small(features, epochs=7), CLASSES, truth, train, held, (0,))
+    assert chain.epochs[0] == 7
+
+
+def test_a_batch_that_no_weighted_level_reaches_teaches_nothing_and_breaks_nothing() -> None:
+    tree, healthy = tree_of(CLASSES), np.zeros(3, dtype=np.int64)
+    logits = torch.zeros(3, tree.width, requires_grad=True)
+    objective = joint_objective(tree, np.arange(6), (0.0, 1.0), 0.1)
+    objective(logits, healthy).backward()
+    assert logits.grad is not None and not logits.grad.any()
+    assert torch.isnan(objective.plain()(logits, healthy))
+
+
 # What learns from whom
 
 

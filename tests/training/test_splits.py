@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from cluster.errors import UsageError
-from training.splits import Fold, budget, cross_validation, hold_out, hold_outs, leave_one_site_out
+from training.splits import Fold, budget, cross_validation, hold_out, hold_outs, leave_one_site_out, require_inner
 
 Labelled = tuple[list[str], list[str]]
 
@@ -300,3 +300,29 @@ def test_a_budget_is_that_share_of_the_groups_of_each_class() -> None:
     kept = budget(labels, groups, np.arange(500), share=0.1, seed=0)
     assert Counter(labels[i] for i in kept) == {"a": 40, "b": 10}
     assert kept.tolist() != budget(labels, groups, np.arange(500), share=0.1, seed=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "split", "short"),
+    [
+        (["a", "a", "b", "b"], ["1", "2", "3", "3"], "group", "'b' has one group"),
+        (["a", "a", "b", "b"], ["1", "2", "3", "4"], "group", ""),
+        (["a", "a", "b", "b"], ["1", "1", "1", "1"], "image", ""),
+        (["a", "a", "a", "b"], ["1", "2", "3", "4"], "image", "'b' has one image"),
+        (["a", "a", "b", "b"], ["", "", "", ""], "group", ""),
+        (["a|b", "a|b", "a|b", "b"], ["1", "2", "3", "4"], "group", "'no a' has one group"),
+    ],
+)
+def test_inner_folds_need_two_groups_of_each_class_of_each_training_side(
+    labels: list[str], groups: list[str], split: str, short: str
+) -> None:
+    """And of label sets two groups without each class."""
+
+    def ask() -> None:
+        require_inner([*labels, "x"], [*groups, "9"], sides, split=split, flag="--this", way_out="go")
+
+    sides = [np.arange(4), np.arange(4)]
+    if not short:
+        return ask()
+    with pytest.raises(UsageError, match=f"--this: class {short} in the training side of a fold.*, or go"):
+        ask()

@@ -9,10 +9,22 @@ import pyarrow as pa
 import pytest
 import safetensors.numpy
 from sklearn.ensemble import RandomForestClassifier
+from torch import nn
 
 from cluster.errors import UsageError
+from training.artifact import Model, ModelCard
+from training.encoder import Architecture
 from training.fit import Labels
-from training.hierarchical_fit import Ground, fit_chains, hierarchical_fold, inner_folds, out_of_fold, stacked
+from training.hierarchical_fit import (
+    Ground,
+    fit_chains,
+    fit_hierarchy,
+    hierarchical_fold,
+    inner_folds,
+    out_of_fold,
+    stacked,
+)
+from training.images import ImagePath
 from training.splits import Fold
 from training.tasks.frozen import logistic
 from training.tasks.inputs import Inputs, inputs_of, joined, one_input
@@ -27,6 +39,7 @@ from training.tasks.stacking import (
     load_meta,
 )
 from training.tasks.structures import probabilities_of
+from training.transform import Input
 
 CLASSES = ("healthy", "ill/early", "ill/late")
 ROWS = 90
@@ -148,6 +161,53 @@ def test_two_inputs_stacked_know_what_each_alone_does_not(stack: str) -> None:
         np.testing.assert_array_equal(own, np.tile(own[0], (3, 1)))
 
 
+@every_meta_learner
+def test_labels_of_the_judged_change_nothing_of_what_is_said_of_them_by_two_inputs(name: str) -> None:
+    """The watermark: of a fold's test side, and of each inner fold's, whose evidence fits the meta-learner."""
+    features, truth, inputs = eyes(missing=2)
+    rows, fold = np.arange(ROWS), Fold(0, 0, np.arange(60), np.arange(60, ROWS))
+    made = ground(features, truth, name, inputs)
+
+    def other(judged: np.ndarray) -> Ground:
+        changed = truth.copy()
+        changed[judged] = (truth[judged] + 1) % 3
+        return ground(features, changed, name, inputs)
+
+    ours, theirs = (hierarchical_fold(one, fold) for one in (made, other(fold.test)))
+    np.testing.assert_array_equal(ours.probabilities, theirs.probabilities)
+    np.testing.assert_array_equal(ours.inner_probabilities, theirs.inner_probabilities)
+    inner = inner_folds(made, rows, 0)
+    before = out_of_fold(made, rows, inner, (0,), 0)
+    for train, test in inner:
+        own, others = (np.unique(inputs.case_of_row[side]) for side in (test, train))
+        assert not set(own) & set(others)
+        after = out_of_fold(other(test), rows, inner, (0,), 0)
+        np.testing.assert_array_equal(after[own], before[own])
+        assert (after[others] != before[others]).any()
+
+
+@pytest.mark.parametrize("stack", ["none", "forest", "logistic"])
+def test_a_model_answers_case_by_case_the_images_of_an_input_averaged_and_one_may_be_missing(stack: str) -> None:
+    features, truth, inputs = eyes()
+    hierarchy = fit_hierarchy(ground(features, truth, stack, inputs), np.arange(ROWS), (0,), 0).hierarchy
+    path, shown = ImagePath(8, 8), Input(8, 8, 1, (0.5,), (0.2,))
+    card = ModelCard(Architecture("test_vit", 8, 8, 1), path, shown, classes=CLASSES, temperature=0.6)
+    model = Model(card, nn.Identity(), None, None, "cpu", "", hierarchy=hierarchy)
+    rows = np.asarray([7, 0, 2, 1, 6, 11, 8, 30])  # cases of all inputs, of oct alone (30) and of fundus alone (11)
+    asked = Inputs(inputs.names, inputs.of_row[rows], inputs.case_of_row[rows])
+    answers = model.answers(features[rows], None, asked.of_row)
+    found = model.classify_cases(answers, asked)
+    for case in set(asked.case_of_row):
+        means = []
+        for number in range(2):
+            own = answers[(asked.case_of_row == case) & (asked.of_row == number)]
+            means.append(own.mean(axis=0, keepdims=True) if len(own) else np.full((1, answers.shape[1]), np.nan))
+        sharpened = hierarchy.probabilities(means)[0] ** (1 / 0.6)
+        expected = sharpened / sharpened.sum()
+        for said in found[asked.case_of_row == case]:
+            np.testing.assert_allclose(said, expected, atol=1e-9)
+
+
 def test_a_missing_input_says_what_was_true_of_the_training_rows_and_that_it_is_missing() -> None:
     features, truth, inputs = eyes()
     made = ground(features, truth, "forest", inputs)
@@ -198,3 +258,14 @@ def test_inputs_that_no_column_or_several_have_are_refused_in_one_line() -> None
     assert inputs_of(rows, ("oct", "fundus"), "device").of_row.tolist() == [0, 1, 1, 0]
     with pytest.raises(UsageError, match="--input-column modalty: no such column"):
         inputs_of(rows, ("oct", "fundus"), "modalty")
+
+
+def test_a_misspelt_input_is_refused_when_training_although_its_column_is_named() -> None:
+    rows = table(modality=["oct", "fundus", "oct", "oct"])
+    for ask in (inputs_of, joined):
+        with pytest.raises(UsageError, match=r"no image has 'fundis' in the column 'modality'\. Did you mean 'fundus'"):
+            ask(rows, ("oct", "fundis"), "modality")
+    alone = rows.filter(pa.array([True, False, True, True]))  # images to judge may be of one input alone
+    assert inputs_of(alone, ("oct", "fundus"), "modality", some=True).of_row.tolist() == [0, 0, 0]
+    with pytest.raises(UsageError, match="no image has any of them"):
+        inputs_of(alone, ("mri", "fundus"), "modality", some=True)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import yaml
 
+from cluster.errors import UsageError
+from training.dataset import Dataset, Selection
 from training.fit import Labels
-from training.tasks.inputs import Inputs, one_input
+from training.tasks.inputs import Inputs, inputs_of, one_input
 from tuning.configs import TuneConfig
 from tuning.hierarchical import HierarchicalBench, chosen_inputs, final_fit, search_bench
+from tuning.ledger import Outcome, Record
+from tuning.report import write_best
 from tuning.spaces import defaults, space_for
+from tuning.study import Search
 from tuning.trial import split_sides
 
 CLASSES = ("healthy", "ill/early", "ill/late")
 CASES = 48
+PASSED = Outcome("complete", (0.9,))
 
 
 def benches(inputs: tuple[str, ...] = ()) -> tuple[HierarchicalBench, HierarchicalBench]:
@@ -79,3 +88,41 @@ def test_all_choices_of_inputs_are_judged_on_the_same_cases() -> None:
     alone = chosen_inputs(bench.inputs, ("fundus",))
     assert set(alone.of_row[bench.inputs.of_row == 0]) == {-1}
     assert set(alone.of_row[bench.inputs.of_row == 1]) == {0}
+
+
+# What a search is begun on
+
+
+def search(**changes: list[str]) -> Search:
+    """That of 48 cases of two images, `oct` and `fundus`, each of another patient; `changes` are columns."""
+    case = np.repeat(np.arange(CASES), 2)
+    columns: dict[str, Any] = {"label": [CLASSES[c % 3] for c in case], "group": [f"p{c}" for c in case]}
+    columns |= {"case": [f"c{c}" for c in case], "modality": ["oct", "fundus"] * CASES}
+    columns["device"] = ["oct", "camera"] * CASES
+    config = TuneConfig(data="d", out="o", study="hierarchical", inputs=("oct", "fundus"))
+    return Search(config, Dataset("/nowhere", {}), Selection(pa.table(columns | changes)), cast(Any, None))
+
+
+def test_a_case_that_lies_in_two_groups_is_refused_as_transfer_refuses_it() -> None:
+    named = [f"c{row // 2}" for row in range(2 * CASES)]
+    assert len(search().sides.held_out)
+    with pytest.raises(UsageError, match="case 'c0' lies in the groups p0, p3: a case must be of one patient"):
+        search(case=[*named[:6], "c0", *named[7:]])
+
+
+def test_weights_of_levels_are_not_searched_of_classes_of_one_level_for_transfer_refuses_them() -> None:
+    flat = [name.replace("/", " ") for name in search().selection.column("label")]
+    assert "level_weights" in search().space_of(pretrained_vit=False)
+    assert "level_weights" not in search(label=flat).space_of(pretrained_vit=False)
+
+
+def test_a_winner_of_one_input_says_in_which_column_it_is_found(tmp_path: Path) -> None:
+    """Of `oct` and `fundus` one column tells, of `oct` alone two do."""
+    made = search()
+    write_best(tmp_path / "best.yaml", made.config, Record(1, {"inputs": "oct"}, PASSED), "of it", made.input_column)
+    best = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert (best["inputs"], best["unit"]) == (["oct"], "case")
+    table = made.selection.table
+    assert inputs_of(table, best["inputs"], best["input_column"]).of_row.tolist() == [0, -1] * CASES
+    with pytest.raises(UsageError, match="the columns modality, device all have these values"):
+        inputs_of(table, best["inputs"])

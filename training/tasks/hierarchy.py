@@ -154,7 +154,7 @@ class JointObjective:
 
     The sum over levels of the level's weight times the mean, weighted by class, of the cross-entropies that rows have
     at the level's nodes; a row has none at nodes that do not lead to its class. A level that no row of a batch reaches
-    adds nothing.
+    adds nothing; where none is reached, there is nothing to learn, and `plain` judges NaN, as one classifier would.
     """
 
     tree: Tree
@@ -162,9 +162,10 @@ class JointObjective:
     """Of each node float32 [width]: of its children."""
     levels: tuple[float, ...]
     smoothing: float = 0.0
+    judges: bool = False
 
     def __call__(self, logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor:
-        total = logits.sum() * 0.0
+        total, reached = logits.sum() * 0.0, False
         for level, weight in enumerate(self.levels):
             summed, shares = logits.new_zeros(()), logits.new_zeros(())
             for node, columns, classes in zip(self.tree.nodes, self.tree.columns, self.weights, strict=True):
@@ -181,11 +182,12 @@ class JointObjective:
                 )
                 shares = shares + own[target].sum()
             total = total + weight * summed / shares.clamp(min=1e-12)
-        return total
+            reached = reached or weight * float(shares) > 0
+        return total if reached or not self.judges else torch.full_like(total, torch.nan)
 
     def plain(self) -> JointObjective:
         """Without smoothing: what judges."""
-        return replace(self, smoothing=0.0)
+        return replace(self, smoothing=0.0, judges=True)
 
 
 def joint_objective(tree: Tree, truth: np.ndarray, levels: Sequence[float], smoothing: float) -> JointObjective:

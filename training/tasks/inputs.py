@@ -49,30 +49,33 @@ def one_input(rows: int) -> Inputs:
     return Inputs((), np.zeros(rows, dtype=np.int64), np.arange(rows))
 
 
-def inputs_of(table: pa.Table, names: Sequence[str], column: str | None = None) -> Inputs:
+def inputs_of(table: pa.Table, names: Sequence[str], column: str | None = None, *, some: bool = False) -> Inputs:
     """The inputs of a selection's rows: `column`, or the one that has all `names` among its values, tells them.
 
     A case is the column `case` where rows have one, else group and eye (a column `eye`, `laterality` or `side`), else
     the group.
+
+    Args:
+        some: the column given may lack some of the names, as images to judge may; those that train have all.
 
     Raises:
         UsageError: no column, or several, have all names, or the one given has not.
     """
     if not names:
         return one_input(table.num_rows)
-    values = _texts(table, column_of(table, names, column))
+    values = _texts(table, column_of(table, names, column, some=some))
     of_row = np.asarray([names.index(value) if value in names else -1 for value in values], dtype=np.int64)
     keys = case_names(table)
     number = {key: at for at, key in enumerate(dict.fromkeys(keys))}
     return Inputs(tuple(names), of_row, np.asarray([number[key] for key in keys], dtype=np.int64))
 
 
-def joined(table: pa.Table, names: Sequence[str], column: str | None = None) -> pa.Table:
+def joined(table: pa.Table, names: Sequence[str], column: str | None = None, *, some: bool = False) -> pa.Table:
     """The rows of these inputs, all rows without names, with the cases in the column `case` by which they are joined;
-    errors as `inputs_of`."""
+    `some` and errors as `inputs_of`."""
     if not names:
         return table
-    found = inputs_of(table, names, column)
+    found = inputs_of(table, names, column, some=some)
     cases = pa.array([name if "\x00" not in name else "" for name in case_names(table)], pa.string())
     at = table.column_names.index("case")
     return table.set_column(at, "case", cases).filter(pa.array(found.of_row >= 0))
@@ -88,14 +91,19 @@ def case_names(table: pa.Table) -> list[str]:
     return [case or other for case, other in zip(cases, joined, strict=True)]
 
 
-def column_of(table: pa.Table, names: Sequence[str], column: str | None) -> str:
-    """The column that tells inputs of these names; errors as `inputs_of`."""
+def column_of(table: pa.Table, names: Sequence[str], column: str | None, *, some: bool = False) -> str:
+    """The column that tells inputs of these names; `some` and errors as `inputs_of`."""
     said = f"--inputs {' '.join(names)}"
     if column is not None:
         if column not in table.column_names:
             raise UsageError(f"--input-column {column}: no such column.{nearest(column, table.column_names)}")
-        if set(names).isdisjoint(_texts(table, column)):
+        known = set(_texts(table, column))
+        if known.isdisjoint(names):
             raise UsageError(f"{said}: no image has any of them in the column {column!r}")
+        missing = [] if some else [name for name in names if name not in known]
+        if missing:
+            hint = nearest(missing[0], sorted(known - {""}))
+            raise UsageError(f"{said}: no image has {missing[0]!r} in the column {column!r}.{hint}")
         return column
     found = [name for name in table.column_names if set(names) <= set(_texts(table, name))]
     if not found:

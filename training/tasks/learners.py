@@ -197,6 +197,11 @@ class SmallNetworks:
         return np.asarray(self.features[rows])
 
 
+def settled() -> dict[str, float]:
+    """What small networks are made and trained with beside a config's fields: part of what their fits are known by."""
+    return {"width": WIDTH, "dropout": DROPOUT, "passes": PASSES, "rate": RATE, "decay": DECAY, "small": SMALL}
+
+
 def small_networks_for(config: TransferConfig, features: np.ndarray) -> SmallNetworks:
     """The learner on frozen features that a config asks for, in proportion to what a network would be given."""
     return SmallNetworks(

@@ -2,8 +2,9 @@
 
 Source: An et al. 2021, figure 2: the confidences of all models side by side, for the flat approach and the hierarchical
 ones alike. Which meta-learner the paper took is not known: `forest` is that of the group's paper of 2019, `logistic`
-the second option. Our choices: several images of an input are averaged, an input that a case lacks says what was true
-of the training rows, and a column per input tells that it is there.
+the second option. Deviation: of its first model the paper hands on the confidence in `normal` alone, ours is shown all
+answers of every question, for a root may have more than two. Our choices: several images of an input are averaged, an
+input that a case lacks says what was true of the training rows, and a column per input tells that it is there.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Source: Huynh, Li & Giger, "Digital mammographic tumor classification using transfer learning from deep convolutional
 neural networks", J Med Imaging 3(3), 2016: an SVM on frozen features, judged by groups. Its grid and the size of its
-inner selection are not known; those below are our choice.
+inner selection are not known; those below are our choice. Deviation: no feature is selected; only columns
+that do not vary are left out.
 """
 
 from __future__ import annotations
