@@ -136,6 +136,17 @@ def test_held_rows_choose_the_epoch_and_nothing_else() -> None:
     assert all(torch.equal(t, again[name]) for name, t in one.model.state_dict().items())
 
 
+def test_a_single_held_group_of_each_class_can_choose_the_epoch() -> None:
+    pixels, labels = toy()
+    held = np.asarray([0, 1, ROWS - 2, ROWS - 1])
+    train = np.setdiff1d(np.arange(ROWS), held)
+    assert len({labels.groups[r] for r in held}) == len(set(labels.truth[held])) == 2
+    outcome = learn(metric_recipe(), pixels, labels.truth, labels.groups, train, held, 0, 0)
+    losses = [row["held_loss"] for row in outcome.history]
+    assert np.isfinite(losses).all()
+    assert outcome.best_epoch == 1 + int(np.argmin(losses))
+
+
 def test_learnt_centres_and_the_head_have_their_place_in_the_optimiser() -> None:
     pixels, labels = toy()
     outcome = learn(metric_recipe(steps=3), pixels, labels.truth, labels.groups, np.arange(8), NO_ROWS, stop_after=1)

@@ -1,7 +1,7 @@
 """Metric learning: a network and an embedding of unit length, trained so that images of a class lie together.
 
 AdamW, one cycle, random views and layer-wise decay are those of `training.tasks.finetune`; batches hold as many images
-of each class, and training stops where retrieval among held-back groups was best.
+of each class, and training stops where held-back groups found their like best.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from training import keyed
 from training.configs import MetricLoss, TransferConfig
+from training.domain import sampled_rows
 from training.losses import LOSSES
 from training.losses.centres import Centres, start_at
 from training.retrieval import per_query
@@ -30,6 +31,8 @@ PER_CLASS = 4
 """Images of a class in a batch, at least, where it is large enough: a pair-wise loss needs partners."""
 CENTRE_RATE = 10.0
 """Learnt centres and proxies take steps so much longer than the network's: 10 to 100 are in use."""
+GALLERY = 2000
+"""Training rows among which held rows are asked for their like, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Learnt:
     model: Progressive
     initial: Initial
     best_epoch: int
-    """Passes after which retrieval among held rows was best; all of them where nothing could be judged."""
+    """Passes after which held rows found their like best; all of them where nothing could be judged."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """`held_loss` is 1 - mAP@R."""
+    """`held_loss` is 1 - mAP@R of the held rows among those of training and themselves."""
 
 
 def learn(
@@ -74,7 +77,8 @@ def learn(
     stop_after: int | None = None,
 ) -> Learnt:
     """An embedding trained on rows `train` of `pixels` (uint8 [N, H, W, C]), kept as it was when rows `held` found
-    their like best among themselves, images of their own group left out.
+    their like best among `train` (at most `GALLERY` of them) and themselves, images of their own group left out: among
+    themselves alone, a class of which a single group is held would have nothing to find.
 
     `truth` is class numbers [N] or label sets bool [N, K], `groups` [N] names. An epoch draws as many images as there
     are; the schedule spans the recipe's epochs, of which `stop_after` are done. `key` separates the randomness of folds
@@ -97,8 +101,9 @@ def learn(
         loss = _one_epoch(recipe, model, centres, optimizer, initial.input, pixels, members, train, epoch, key)
         row = {"epoch": epoch + 1, "loss": loss}
         if len(held):
-            found = embed(model, initial.input, pixels[held], base.device)[-1]
-            row["held_loss"] = 1 - _found_again(found, members[held], [groups[r] for r in held])
+            rows = np.concatenate([held, train[sampled_rows(len(train), GALLERY)]])
+            found = embed(model, initial.input, pixels[rows], base.device)[-1]
+            row["held_loss"] = 1 - _found_again(found, members[rows], [groups[r] for r in rows], len(held))
             if row["held_loss"] < best_loss:
                 best, best_loss, best_epoch = copy.deepcopy(model.state_dict()), row["held_loss"], epoch + 1
         history.append(row)
@@ -262,7 +267,7 @@ def _one_epoch(
     return total / seen
 
 
-def _found_again(embeddings: np.ndarray, members: np.ndarray, groups: list[str]) -> float:
-    """mAP@R of rows asked among themselves; NaN where none has a like in another group."""
-    found = per_query(embeddings, members, groups)
+def _found_again(embeddings: np.ndarray, members: np.ndarray, groups: list[str], asked: int) -> float:
+    """mAP@R of the first `asked` rows among all; NaN where none has a like in another group."""
+    found = per_query(embeddings, members, groups, asked=np.arange(asked))
     return float(found.scores[found.judged, -1].mean()) if found.judged.any() else float("nan")
