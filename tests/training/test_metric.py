@@ -21,8 +21,18 @@ from training.learnt import GALLERIES, asked_of, in_summary, name_of
 from training.retrieval import NAMES, retrieval_metrics
 from training.splits import Fold, cross_validation
 from training.tasks.finetune import Recipe
-from training.tasks.metric import MetricRecipe, balanced_batches, embed, learn, parameter_groups
+from training.tasks.metric import (
+    MetricRecipe,
+    balanced_batches,
+    build,
+    embed,
+    learn,
+    parameter_groups,
+    starting_centres,
+)
 from training.tasks.nearness import METRIC, SCALE, dump_metric, learn_nearness, load_metric
+from training.transform import evaluation_view
+from training.weights import initial_weights
 
 ROWS = 48
 
@@ -156,6 +166,30 @@ def test_learnt_centres_and_the_head_have_their_place_in_the_optimiser() -> None
     expected = [id(p) for module in (outcome.model, centres) for p in module.parameters()]
     assert sorted(seen) == sorted(expected)
     assert groups[-1]["scale"] == 10 and max(g["scale"] for g in groups[:-1]) == 1
+
+
+@pytest.mark.parametrize("loss", ["centre_contrastive", "proxy_anchor"])
+def test_centres_start_where_training_will_first_see_the_images_of_their_class(loss: Any) -> None:
+    """Batch norm trains with the statistics of its batches; what it has learnt of other images is another place."""
+    pixels, labels = toy()
+    chosen = metric_recipe(loss=loss, base=recipe(batch_size=ROWS))
+    initial = initial_weights(chosen.base.wanted)
+    model = build(initial.network, initial.input, chosen.embedding, chosen.steps)
+    model.seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer += torch.linspace(0, 5, len(buffer))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    members = np.eye(2, dtype=bool)[labels.truth]
+    (centres,) = starting_centres(chosen, model, initial.input, pixels, members)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not any(part.training for part in model.modules())
+    with torch.no_grad():
+        (found,) = model.train()(evaluation_view(pixels, initial.input, "cpu"))
+    for number in (0, 1):
+        mean = found[labels.truth == number].mean(dim=0)
+        assert float(torch.nn.functional.cosine_similarity(mean, centres()[number], dim=0)) > 0.999
+    assert float(found.mean(dim=0).norm()) < 0.2
 
 
 # Out of fold

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training import keyed
 from training.configs import MetricLoss, TransferConfig
@@ -94,7 +95,7 @@ def learn(
     if initial.architecture.patch is None:
         model.network.to(memory_format=torch.channels_last)
     members = members_of(truth, base.classes)
-    centres = _start(recipe, model, initial.input, pixels[train], members[train]).to(base.device)
+    centres = starting_centres(recipe, model, initial.input, pixels[train], members[train], *key).to(base.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, centres, base, initial), lr=base.lr)
     best, best_loss, best_epoch, history = None, float("inf"), base.epochs, []
     for epoch in range(stop_after or base.epochs):
@@ -188,20 +189,30 @@ def embed(model: Progressive, shown: Input, pixels: np.ndarray, device: str) -> 
     return [np.concatenate(own) for own in parts]
 
 
-def _start(recipe: MetricRecipe, model: Progressive, shown: Input, pixels: np.ndarray, members: np.ndarray) -> Any:
+def starting_centres(
+    recipe: MetricRecipe, model: Progressive, shown: Input, pixels: np.ndarray, members: np.ndarray, *key: object
+) -> Any:
     """Centres of each step, at the class means of the untrained embedding, whose biases are set on the way.
 
+    Where there is batch norm, of embeddings as training will see them: by the statistics of batches, in an order keyed
+    by (seed, key). What batch norm has learnt so far may be of other images, and is left as it was.
     Deviation from Proxy-Anchor, whose proxies start at random: there is no time to sort them out.
     """
-    device, found = recipe.base.device, []
-    model.eval()
+    base, found = recipe.base, []
+    device, order = base.device, keyed.generator("start", base.seed, *key).permutation(len(pixels))
+    norms = [part for part in model.eval().modules() if isinstance(part, _BatchNorm)]
+    before = [{name: buffer.clone() for name, buffer in part.named_buffers()} for part in norms]
     with torch.no_grad():
-        for at in range(0, len(pixels), EVALUATION_BATCH):
-            found.append(model.descriptors(evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device)))
+        for part in norms:
+            part.train()
+        for rows in np.array_split(order, max(1, len(order) // base.batch_size)):
+            found.append(model.descriptors(evaluation_view(pixels[rows], shown, device)))
+        for part, kept in zip(norms, before, strict=True):
+            part.load_state_dict(kept, strict=False)
         descriptors = [torch.cat(step) for step in zip(*found, strict=True)]
-        model.centre(descriptors)
+        model.eval().centre(descriptors)
         embeddings = [nn.functional.normalize(layer(x)) for layer, x in zip(model.embeddings, descriptors, strict=True)]
-    labels = torch.from_numpy(members).to(device)
+    labels = torch.from_numpy(members[order]).to(device)
     update = recipe.centres or LOSSES[recipe.loss].centres
     starts = [start_at(e, labels) for e in embeddings]
     return nn.ModuleList(Centres(start, update) if update else _NoCentres(start) for start in starts)
