@@ -60,7 +60,7 @@ def fold_of(labels: Labels) -> Fold:
 # Batches
 
 
-@pytest.mark.parametrize("size", [8, 9, 16, 32])
+@pytest.mark.parametrize("size", [4, 5, 7, 8, 9, 16, 32])
 def test_a_batch_holds_as_many_images_of_each_of_its_classes(size: int) -> None:
     counts = (40, 10, 30)
     truth = np.repeat(np.arange(3), counts)
@@ -70,10 +70,18 @@ def test_a_batch_holds_as_many_images_of_each_of_its_classes(size: int) -> None:
     for batch in batches:
         assert len(set(batch.tolist())) == len(batch) == min(size, 32)
         held = [n for n in np.bincount(truth[batch], minlength=3) if n]
-        assert len(held) == min(3, size // 4) and max(held) - min(held) <= 1
+        assert len(held) == max(2, min(3, size // 4)) and max(held) - min(held) <= 1
         assert max(held) <= 10 or size > 30
         shown |= set(truth[batch].tolist())
     assert shown == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size", [4, 8, 12])
+def test_no_batch_is_of_one_class_wherever_a_round_of_turns_ends(size: int) -> None:
+    truth = np.repeat(np.arange(5), 60)
+    for seed in range(5):
+        for batch in balanced_batches(np.eye(5, dtype=bool)[truth], size, np.random.default_rng(seed)):
+            assert len(set(truth[batch])) == max(2, size // 4)
 
 
 def test_all_of_a_class_is_shown_before_any_of_it_is_shown_again() -> None:
@@ -178,7 +186,7 @@ def test_centres_start_where_training_will_first_see_the_images_of_their_class(l
     model.seed(0)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
-            buffer += torch.linspace(0, 5, len(buffer))
+            buffer.add_(torch.linspace(0, 5, len(buffer)))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     members = np.eye(2, dtype=bool)[labels.truth]
     (centres,) = starting_centres(chosen, model, initial.input, pixels, members)
@@ -351,6 +359,7 @@ def test_a_head_of_other_classes_or_a_damaged_one_is_refused_in_one_line() -> No
         ({"task": "svm", "steps": 2}, "--steps 2: needs --task metric"),
         ({"task": "metric", "steps": 4}, "--steps 4: must be 1, 2 or 3"),
         ({"task": "metric", "embedding": 1}, "--embedding 1: must lie between 2 and 4096"),
+        ({"task": "metric", "batch_size": 3}, "--batch-size 3: --task metric compares images of two classes"),
         ({"task": "metric", "margin": 0.0}, "--margin 0.0: must be positive"),
         ({"task": "metric", "loss": "triplet", "centres": "means"}, "--centres means: triplet has none to move"),
         ({"task": "metric", "unit": "group", "pooling": "attention"}, "--pooling attention: needs frozen features"),

@@ -140,21 +140,23 @@ def balanced_batches(members: np.ndarray, batch_size: int, generator: np.random.
         members: label sets bool [N, K]; rows without any label count as a class of their own.
 
     A batch holds as many images of each of its classes, 4 or more: all classes where they fit, else those whose turn it
-    is. A class's rows come in an order drawn anew whenever all have been shown; a batch that needs more rows of a class
-    than there are takes all of them.
+    is, but two at least, for images of one class say nothing of what sets it apart. A class's rows come in an order
+    drawn anew whenever all have been shown; a batch that needs more rows of a class than there are takes all of them.
     """
     kinds = np.column_stack([members, ~members.any(axis=1)])
     pools = [np.flatnonzero(kind) for kind in kinds.T if kind.any()]
     queues: list[list[int]] = [[] for _ in pools]
     turn: list[int] = []
-    many = max(1, min(len(pools), batch_size // PER_CLASS))
+    many = min(len(pools), max(2, batch_size // PER_CLASS))
     batches = []
     for _ in range(max(1, len(members) // batch_size)):
         batch: dict[int, None] = {}
+        own: list[int] = []
         for at in range(many):
-            if not turn:
-                turn = generator.permutation(len(pools)).tolist()
+            if not turn:  # popped from its end: classes that the batch has already come last
+                turn = sorted(generator.permutation(len(pools)).tolist(), key=lambda kind: kind not in own)
             kind = turn.pop()
+            own.append(kind)
             wanted = (at + 1) * batch_size // many - at * batch_size // many
             _draw(pools[kind], queues[kind], wanted, batch, generator)
         batches.append(np.fromiter(batch, dtype=np.int64))
