@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.errors import UsageError
+from cluster.errors import DataError, UsageError
 from tests.training.test_finetune import NO_ROWS, recipe, stripes
 from training.artifact import ModelCard, load_model, save_model
 from training.configs import TransferConfig
@@ -174,6 +174,15 @@ def test_learnt_centres_and_the_head_have_their_place_in_the_optimiser() -> None
     expected = [id(p) for module in (outcome.model, centres) for p in module.parameters()]
     assert sorted(seen) == sorted(expected)
     assert groups[-1]["scale"] == 10 and max(g["scale"] for g in groups[:-1]) == 1
+
+
+@pytest.mark.parametrize("held", [NO_ROWS, np.arange(4)])
+def test_a_training_that_diverges_is_refused_in_one_line_that_names_the_rate(held: np.ndarray) -> None:
+    pixels, labels = toy()
+    chosen = metric_recipe(base=recipe(epochs=1, lr=1e38))
+    with pytest.raises(DataError, match=r"diverged in epoch 1 .*; lower --lr 1e\+38") as caught:
+        learn(chosen, pixels, labels.truth, labels.groups, np.arange(4, ROWS), held, 0, 0)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("loss", ["centre_contrastive", "proxy_anchor"])

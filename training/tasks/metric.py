@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cluster.errors import DataError
 from training import keyed
 from training.configs import MetricLoss, TransferConfig
 from training.domain import sampled_rows
@@ -84,6 +85,9 @@ def learn(
     `truth` is class numbers [N] or label sets bool [N, K], `groups` [N] names. An epoch draws as many images as there
     are; the schedule spans the recipe's epochs, of which `stop_after` are done. `key` separates the randomness of folds
     and repeats. The loss is the sum over steps, the last one's twice where there are several.
+
+    Raises:
+        DataError: the training diverged.
     """
     base = recipe.base
     torch.set_num_threads(base.threads)
@@ -100,6 +104,7 @@ def learn(
     best, best_loss, best_epoch, history = None, float("inf"), base.epochs, []
     for epoch in range(stop_after or base.epochs):
         loss = _one_epoch(recipe, model, centres, optimizer, initial.input, pixels, members, train, epoch, key)
+        _refuse_diverged(model, loss, epoch, base.lr)
         row = {"epoch": epoch + 1, "loss": loss}
         if len(held):
             rows = np.concatenate([held, train[sampled_rows(len(train), GALLERY)]])
@@ -278,6 +283,12 @@ def _one_epoch(
     for own in centres:
         own.after_epoch()
     return total / seen
+
+
+def _refuse_diverged(model: nn.Module, loss: float, epoch: int, lr: float) -> None:
+    finite = np.isfinite(loss) and all(bool(t.isfinite().all()) for t in model.state_dict().values())
+    if not finite:
+        raise DataError(f"--task metric: the training diverged in epoch {epoch + 1} (loss {loss:g}); lower --lr {lr:g}")
 
 
 def _found_again(embeddings: np.ndarray, members: np.ndarray, groups: list[str], asked: int) -> float:
