@@ -45,7 +45,8 @@ def retrieval_metrics(
     recall_at_k is the share of queries with at least one image of their class among the first k; map_at_r is
     mean average precision over the first R, with R the images of the query's class in other groups (Musgrave,
     Belongie & Lim, "A Metric Learning Reality Check", 2020, section 3.2). Queries without any (R = 0) are not judged.
-    Equal similarities are ranked in an order drawn by `seed`, so that neighbours in the file are not favoured.
+    Equal similarities are ranked in an order drawn by `seed`, for each query anew: no neighbours in the file and no
+    image for all are favoured.
     `chance` is exact for a random order of the same gallery. `ci95` draws the groups of the queries; the gallery is
     held fixed.
 
@@ -63,17 +64,17 @@ def per_query(
     """What rows `asked` (default all N) find among all N rows of other groups; arguments and errors as above."""
     x, member = _checked(features, labels)
     group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    order = np.random.default_rng(seed).permutation(len(x))
+    rng = np.random.default_rng(seed)
     rows = np.arange(len(x)) if asked is None else np.asarray(asked, dtype=np.int64)
     scores, chances = np.zeros((len(rows), len(NAMES))), np.zeros((len(rows), len(NAMES)))
     judged = np.zeros(len(rows), dtype=bool)
     step = max(1, CELLS // len(x))
     for start in range(0, len(rows), step):
         part, queries = slice(start, start + step), rows[start : start + step]
-        other = group[queries, None] != group[order]
-        relevant = (member[queries] @ member[order].T > 0) & other
-        similar = np.where(other, x[queries] @ x[order].T, -np.inf)
-        scores[part] = _scores(similar, relevant)
+        other = group[queries, None] != group
+        relevant = (member[queries] @ member.T > 0) & other
+        similar = np.where(other, x[queries] @ x.T, np.float32(-np.inf))
+        scores[part] = _scores(similar, relevant, rng)
         chances[part] = _chances(relevant.sum(axis=1), other.sum(axis=1))
         judged[part] = relevant.any(axis=1)
     return Queries(scores, chances, judged)
@@ -91,11 +92,11 @@ def _checked(features: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float32
     return x, member.astype(np.float32)
 
 
-def _scores(similar: NDArray[np.float32], relevant: NDArray[np.bool_]) -> Floats:
+def _scores(similar: NDArray[np.float32], relevant: NDArray[np.bool_], rng: np.random.Generator) -> Floats:
     """Values [Q,len(NAMES)] of queries whose gallery has similarities [Q,N] (-inf: not in it) and relevance [Q,N]."""
     size, wanted = similar.shape[1], relevant.sum(axis=1)
     top = min(size, max(*RANKS, int(wanted.max(initial=0))))
-    first = _first(similar, top)
+    first = _first(similar, top, rng)
     hits = np.take_along_axis(relevant, first, axis=1)
     recall = [hits[:, :k].any(axis=1) for k in RANKS]
     precision = hits.cumsum(axis=1) / np.arange(1, top + 1)
@@ -104,19 +105,16 @@ def _scores(similar: NDArray[np.float32], relevant: NDArray[np.bool_]) -> Floats
     return np.column_stack([*recall, np.nan_to_num(average)]).astype(np.float64)
 
 
-def _first(similar: NDArray[np.float32], top: int) -> Ints:
-    """The places [Q,top] of the largest values, largest first, of equals the first place first."""
-    size = similar.shape[1]
-    if top * 4 > size:
-        return np.argsort(-similar, axis=1, kind="stable")[:, :top].astype(np.int64)
-    # whatever equals the last value that enters: places of equals are then decided by the stable sort, not by chance
-    edge = -np.partition(-similar, top - 1, axis=1)[:, top - 1 : top]
-    most = int((similar >= edge).sum(axis=1).max())
-    if most * 4 > size:
-        return np.argsort(-similar, axis=1, kind="stable")[:, :top].astype(np.int64)
-    places = np.sort(np.argpartition(-similar, most - 1, axis=1)[:, :most], axis=1)
-    values = np.take_along_axis(similar, places, axis=1)
-    return np.take_along_axis(places, np.argsort(-values, axis=1, kind="stable")[:, :top], axis=1).astype(np.int64)
+def _first(similar: NDArray[np.float32], top: int, rng: np.random.Generator) -> Ints:
+    """The places [Q,top] of the largest values, largest first, equal ones in an order of chance."""
+    bits = (similar + np.float32(0)).view(np.uint32)  # of -0 and 0 the same
+    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # sorted as numbers as the values are
+    keys = ~((rising.astype(np.uint64) << np.uint64(32)) | rng.integers(2**32, size=bits.shape, dtype=np.uint32))
+    if top * 4 > keys.shape[1]:
+        return np.argsort(keys, axis=1)[:, :top].astype(np.int64)
+    places = np.argpartition(keys, top - 1, axis=1)[:, :top]
+    order = np.argsort(np.take_along_axis(keys, places, axis=1), axis=1)
+    return np.take_along_axis(places, order, axis=1).astype(np.int64)
 
 
 def _chances(relevant: Ints, gallery: Ints) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.retrieval import NAMES, RANKS, retrieval_metrics
+from training.retrieval import NAMES, RANKS, _first, retrieval_metrics
 
 
 def data(seed: int = 0, rows: int = 90, classes: int = 4, groups: int = 25, help_: float = 1.0) -> tuple[Any, Any, Any]:
@@ -79,6 +79,21 @@ def test_a_collapsed_encoder_is_worth_chance_also_where_the_file_is_sorted_by_cl
     values = [retrieval_metrics(x, labels, group, resamples=2, seed=s)["map_at_r"]["value"] or 0 for s in range(12)]
     chance = retrieval_metrics(x, labels, group, resamples=2)["map_at_r"]["chance"]
     assert np.mean(values) == pytest.approx(chance, abs=0.02)
+
+
+def test_of_images_that_are_equally_like_each_query_finds_others() -> None:
+    """One order for all would have the same eight images stand for what all queries find."""
+    x, labels, group = np.tile([1.0, 0.0], (400, 1)), np.arange(400) % 4, np.arange(400)
+    for seed in range(5):
+        found = retrieval_metrics(x, labels, group, resamples=2, seed=seed)["recall_at_8"]["value"]
+        assert found == pytest.approx(1 - 0.75**8, abs=0.06)
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 3, size=(50, 400)).astype(np.float32)
+    for top in (8, 300):
+        places = _first(few, top, rng)
+        values = np.take_along_axis(few, places, axis=1)
+        np.testing.assert_array_equal(values, -np.sort(-few, axis=1)[:, :top])
+        assert all(len(set(row)) == top for row in places.tolist())
 
 
 def test_perfect_features_score_one() -> None:
