@@ -18,6 +18,11 @@ from training.transductive import overlap_blocks, overlap_of
 SHOWN = 4_000
 """Rows of which features are compared pair by pair, at most: evenly spread ones."""
 
+BY_CHANCE = (
+    "By chance: the same neighbours, had each group the labels of another, drawn at random. Images of one group are "
+    "alike, so eight neighbours are of fewer than eight groups, and find less than a random order of the images would."
+)
+
 Found = tuple[list[report.Section], dict[str, Any]]
 
 
@@ -85,7 +90,8 @@ def neighbours_of(
     blocks: list[report.Block] = [
         report.Text(
             "Each image was asked for its most similar ones under the first weights, which know no label of theirs; "
-            "images of its own group were left out. Recall at k: how often one of the first k is of its class."
+            "images of its own group were left out. Recall at k: how often one of the first k is of its class. "
+            + BY_CHANCE
         ),
         report.Table(["", "value [95 % interval]", "by chance"], table, "Nearest neighbours of other groups"),
     ]
@@ -113,7 +119,8 @@ def learnt_neighbours(asked: Asked, groups: Sequence[str], *, seed: int) -> Foun
         report.Text(
             "Each image was asked for its most similar ones in the embedding of the fit that was not trained on its "
             "group; images of its own group were left out. Among all images: also those that the fit was trained on, "
-            "as a service has them. Among test images: only those that it was not, so there are fewer to find."
+            "as a service has them. Among test images: only those that it was not, so there are fewer to find. "
+            + BY_CHANCE
         )
     ]
     for gallery, words in (("all", "among all images"), ("test", "among test images alone")):

@@ -293,5 +293,5 @@ def _refuse_diverged(model: nn.Module, loss: float, epoch: int, lr: float) -> No
 
 def _found_again(embeddings: np.ndarray, members: np.ndarray, groups: list[str], asked: int) -> float:
     """mAP@R of the first `asked` rows among all; NaN where none has a like in another group."""
-    found = per_query(embeddings, members, groups, asked=np.arange(asked))
+    found = per_query(embeddings, members, groups, asked=np.arange(asked), deals=0)
     return float(found.scores[found.judged, -1].mean()) if found.judged.any() else float("nan")
