@@ -16,7 +16,7 @@ from training.subgroups import columns_of
 from training.transductive import overlap_blocks, overlap_of
 
 SHOWN = 4_000
-"""Rows of which features are compared pair by pair, at most: evenly spread ones."""
+"""Rows that are asked for their neighbours, or compared pair by pair, at most: evenly spread ones."""
 
 BY_CHANCE = (
     "By chance: the same neighbours, had each group the labels of another, drawn at random. Images of one group are "
@@ -60,10 +60,10 @@ def statistics_of(
 
 
 def first_neighbours(features: np.ndarray, truth: np.ndarray, groups: Sequence[str], *, seed: int) -> Asked:
-    """What rows, at most `SHOWN`, find under features [N, D] in which no label of theirs had a part."""
+    """What rows, at most `SHOWN`, find among all under features [N, D] in which no label of theirs had a part."""
     rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), SHOWN)).astype(np.int64))
-    unit = features[rows] / np.maximum(np.linalg.norm(features[rows], axis=1, keepdims=True), 1e-12)
-    found = retrieval.per_query(unit, truth[rows], [groups[row] for row in rows], seed=seed)
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    found = retrieval.per_query(unit, truth, groups, asked=rows, seed=seed)
     nothing = np.zeros(len(rows), dtype=np.int64)
     return Asked(rows, nothing, nothing, {("all", 1): found})
 

@@ -14,12 +14,12 @@ from cluster.errors import DataError, UsageError
 from tests.training.test_finetune import NO_ROWS, recipe, stripes
 from training.artifact import ModelCard, load_model, save_model
 from training.configs import TransferConfig
-from training.fit import Labels, metric_fold, refit_metric
+from training.fit import HELD_FRACTION, Labels, metric_fold, refit_metric
 from training.images import ImagePath
 from training.judgement import judge
 from training.learnt import GALLERIES, asked_of, in_summary, name_of
-from training.retrieval import NAMES, retrieval_metrics
-from training.splits import Fold, cross_validation
+from training.retrieval import NAMES, per_query, retrieval_metrics
+from training.splits import Fold, cross_validation, hold_out
 from training.tasks.finetune import Recipe
 from training.tasks.metric import (
     MetricRecipe,
@@ -244,6 +244,28 @@ def test_a_fold_says_what_its_test_rows_find_at_each_step_in_both_galleries() ->
     assert set(NAMES) < set(entries)
     assert {"step_1/recall_at_8", "step_2/test_gallery/map_at_r", "test_gallery/recall_at_1"} < set(entries)
     assert entries["recall_at_1"] == metrics["all", 3]["recall_at_1"]
+
+
+def test_a_fit_with_a_share_of_the_labels_is_asked_among_the_images_that_frozen_features_are_asked_among() -> None:
+    pixels, labels = toy()
+    fold = fold_of(labels)
+    few = replace(fold, train=fold.train[np.isin(fold.train % 8, (0, 1, 2, 3))], share=0.5)
+    result = metric_fold(metric_recipe(base=recipe(epochs=1)), pixels, labels, few)
+    everyone = np.concatenate([fold.test, fold.train])
+    outcome = learn(
+        metric_recipe(base=recipe(epochs=1)), pixels, labels.truth, labels.groups, *sides(few, labels), 0, 0
+    )
+    found = embed(outcome.model, outcome.initial.input, pixels[everyone], "cpu")[-1]
+    own = [labels.groups[r] for r in everyone]
+    expected = per_query(found, labels.truth[everyone], own, asked=np.arange(len(fold.test)), deals=0)
+    np.testing.assert_allclose(result.more[name_of("all", 1)][:, : len(NAMES)], expected.scores)
+    assert set(result.inner_rows) <= set(few.train)
+
+
+def sides(fold: Fold, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """Training rows of a fold, and those that choose the epoch."""
+    train, held = hold_out(*labels.take(fold.train), fraction=HELD_FRACTION, seed=0)
+    return fold.train[train], fold.train[held]
 
 
 def test_label_sets_are_learnt_and_judged_label_by_label() -> None:

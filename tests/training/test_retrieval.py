@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from training.findings import first_neighbours
 from training.retrieval import NAMES, RANKS, _first, dealt, per_query, retrieval_metrics
 
 
@@ -135,6 +136,15 @@ def test_of_images_that_are_equally_like_each_query_finds_others() -> None:
         values = np.take_along_axis(few, places, axis=1)
         np.testing.assert_array_equal(values, -np.sort(-few, axis=1)[:, :top])
         assert all(len(set(row)) == top for row in places.tolist())
+
+
+def test_of_many_images_only_the_queries_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels, group = data(3)
+    monkeypatch.setattr("training.findings.SHOWN", 20)
+    asked = first_neighbours(3 * x, labels, group.tolist(), seed=0)
+    assert len(asked.rows) == 20
+    expected = per_query(x, labels, group, asked=asked.rows)
+    np.testing.assert_array_equal(asked.found["all", 1].scores, expected.scores)
 
 
 def test_perfect_features_score_one() -> None:
