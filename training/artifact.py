@@ -263,15 +263,30 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    about = {"format": "pt"}
-    if not card.features.plain:  # whose sha256 thereby differs: vectors of one are refused by the other
-        about["features"] = json.dumps(card.features.as_dict())
-    save_file(tensors, partial / WEIGHTS, metadata=about)
+    # what decides features beside the weights is in their file, whose sha256 vectors and kept features are known by
+    decides = {"input": card.input.as_dict(), "image_path": card.image_path.as_dict()}
+    decides |= {} if card.features.plain else {"features": card.features.as_dict()}
+    about = {name: json.dumps(value, sort_keys=True) for name, value in decides.items()}
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"} | about)
+    _put_in_order(partial / WEIGHTS)
     for name, content in [(lineage.SEEN, lineage.dump(seen, labelled)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / "model.json", card.as_dict() | {"sha256": hashes})
     storage.publish_folder(partial, folder)
+
+
+def _put_in_order(file: Path) -> None:
+    """The metadata of a safetensors file stands by name: the library writes it in an order of chance."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(content) > size:
+            raise RuntimeError(f"{file}: a header of {size} bytes became one of {len(content)}")
+        stream.seek(8)
+        stream.write(content.ljust(size))
 
 
 def model_folder(run: str | Path) -> Path:

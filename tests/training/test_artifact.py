@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import skops.io
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 from torch import nn
@@ -22,6 +26,7 @@ from training import lineage
 from training.artifact import FORMAT, OLDER, ModelCard, forward, load_model, model_folder, read_card, save_model
 from training.encoder import Architecture, seed_weights
 from training.images import ImagePath
+from training.inference import embedding_key
 from training.tasks.frozen import ESTIMATORS, Frozen, load_estimator
 from training.transform import Input, evaluation_view
 
@@ -132,6 +137,33 @@ def test_forward_gives_timm_s_own_features_and_logits(architecture: Architecture
         assert torch.allclose(logits, network(images), atol=1e-5)
         network.reset_classifier(0)
         assert torch.allclose(features, network(images), atol=1e-5)
+
+
+def test_models_that_see_images_otherwise_are_other_models_and_equal_ones_the_same(tmp_path: Path) -> None:
+    """Of a conv net neither size nor normalisation nor the stored image is in a tensor."""
+    plain = card(CONV)
+    others = [
+        replace(plain, input=replace(plain.input, height=64)),
+        replace(plain, input=replace(plain.input, mean=(0.1,))),
+        replace(plain, image_path=ImagePath(40, 40, "crop", window="0:300")),
+    ]
+    found = []
+    for at, own in enumerate([*others, *[plain] * 6]):
+        save_model(tmp_path / str(at) / "model", own, network_of(CONV))
+        found.append(load_model(tmp_path / str(at)).sha256)
+    assert len(set(found)) == len(others) + 1 and len(set(found[len(others) :])) == 1
+    one, other = (read_card(tmp_path / str(at))[1] for at in (0, 3))
+    dataset = SimpleNamespace(version="1")
+    assert embedding_key(one, dataset, ["a"]) != embedding_key(other, dataset, ["a"])  # type: ignore[arg-type]
+
+
+def test_a_model_from_before_its_input_was_in_its_weights_is_read_and_known_by_them(tmp_path: Path) -> None:
+    run = saved(tmp_path)
+    file = run / "model" / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    values = json.loads((run / "model" / "model.json").read_text())
+    values["sha256"]["model.safetensors"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load_model(edited(run, sha256=values["sha256"])).sha256 == values["sha256"]["model.safetensors"]
 
 
 def test_the_whole_card_survives(tmp_path: Path) -> None:
