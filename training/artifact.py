@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -277,7 +277,7 @@ def save_model(
 
 
 def _put_in_order(file: Path) -> None:
-    """The metadata of a safetensors file stands by name: the library writes it in an order of chance."""
+    """The metadata of a safetensors file stands by name; the library writes it in an order of chance."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -331,6 +331,27 @@ def read_card(run: str | Path) -> tuple[ModelCard, dict[str, str]]:
         return card, dict(values["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{run}: model.json is damaged ({error})") from error
+
+
+def card_sha256(run: str | Path) -> str:
+    """The sha256 of model.json, which holds those of all files beside it: what a model says is known by it."""
+    return storage.sha256_file(model_folder(run) / "model.json")
+
+
+def refuse_changed(out: str, summary: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """A finished result at `out` was made of models that are what they were.
+
+    Args:
+        summary: its summary, with `models` as `now` has it; without, it is of before that was noted.
+        now: `card_sha256` by RUN.
+
+    Raises:
+        UsageError: one of them changed.
+    """
+    then = summary.get("models", {})
+    changed = [run for run, digest in now.items() if then.get(run, digest) != digest]
+    if changed:
+        raise UsageError(f"--out {out}: was made of what {changed[0]} held before; use --overwrite or another --out")
 
 
 def load_model(run: str | Path, device: str = "cpu") -> Model:

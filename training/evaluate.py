@@ -13,7 +13,17 @@ from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import progress, say
 from training import report
-from training.artifact import Model, ModelCard, load_model, located_model, model_folder, read_card, run_name
+from training.artifact import (
+    Model,
+    ModelCard,
+    card_sha256,
+    load_model,
+    located_model,
+    model_folder,
+    read_card,
+    refuse_changed,
+    run_name,
+)
 from training.compare import compare
 from training.configs import EvaluateConfig
 from training.dataset import Dataset, Selection, truth_of
@@ -52,8 +62,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             were not judged alike.
     """
     runs = _named(config)
+    models = {run: card_sha256(run) for run in runs.values()}
     with config.open_out("evaluate") as out:
         if out.state == "done":
+            refuse_changed(config.out, out.summary(), models)
             return out.summary()
         started = time.monotonic()
         found = _out_of_fold(config, runs, out) if config.data is None else _unseen(config, config.data, runs, out)
@@ -67,6 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "protocol": found.protocol,
             "images": found.images,
             "seen": found.seen,
+            "models": models,
             "seconds": time.monotonic() - started,
             **more,
             "metrics": found.judged.metrics | more.get("metrics", {}),

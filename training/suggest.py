@@ -17,7 +17,7 @@ from cluster.errors import UsageError
 from cluster.progress import say
 from cluster.session import cores, session
 from training import choose
-from training.artifact import Model, ModelCard, load_model, model_folder, read_card, run_name
+from training.artifact import Model, ModelCard, card_sha256, load_model, read_card, refuse_changed, run_name
 from training.configs import InferenceConfig, SuggestConfig
 from training.dataset import Dataset, Selection
 from training.domain import look_of
@@ -79,9 +79,10 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
     Raises:
         UsageError: no such model or data, or there is nothing to suggest.
     """
-    model_folder(config.model)
+    models = {config.model: card_sha256(config.model)}
     with config.open_out("suggest") as out:
         if out.state == "done":
+            refuse_changed(config.out, out.summary(), models)
             return out.summary()
         started = time.monotonic()
         card, _ = read_card(config.model)
@@ -111,6 +112,7 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
             "left_out": int(strange.sum()),
             "to_label": len(next_ones),
             "look_again": len(wrong),
+            "models": models,
             "seconds": time.monotonic() - started,
         }
         out.finish(summary)

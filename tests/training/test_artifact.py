@@ -16,17 +16,34 @@ import numpy as np
 import pytest
 import skops.io
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 
 from cluster.errors import UsageError
+from cluster.outfile import claim_file
 from training import lineage
-from training.artifact import FORMAT, OLDER, ModelCard, forward, load_model, model_folder, read_card, save_model
+from training.artifact import (
+    FORMAT,
+    OLDER,
+    ModelCard,
+    card_sha256,
+    forward,
+    load_model,
+    model_folder,
+    read_card,
+    refuse_changed,
+    save_model,
+)
+from training.configs import EvaluateConfig, ExportConfig, InferenceConfig, SuggestConfig
 from training.encoder import Architecture, seed_weights
+from training.evaluate import evaluate
+from training.export import export
 from training.images import ImagePath
-from training.inference import embedding_key
+from training.inference import embedding_key, predict
+from training.suggest import suggest
 from training.tasks.frozen import ESTIMATORS, Frozen, load_estimator
 from training.transform import Input, evaluation_view
 
@@ -164,6 +181,46 @@ def test_a_model_from_before_its_input_was_in_its_weights_is_read_and_known_by_t
     values = json.loads((run / "model" / "model.json").read_text())
     values["sha256"]["model.safetensors"] = hashlib.sha256(file.read_bytes()).hexdigest()
     assert load_model(edited(run, sha256=values["sha256"])).sha256 == values["sha256"]["model.safetensors"]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "suggest", "export"])
+def test_what_was_made_of_a_model_that_changed_is_not_called_done(verb: str, tmp_path: Path) -> None:
+    """A temperature, or a classifier beside the weights, leaves their sha256 as it was."""
+    run, out = str(saved(tmp_path)), str(tmp_path / "out")
+    made: dict[str, tuple[Any, Any]] = {
+        "evaluate": (evaluate, EvaluateConfig(model=run, data=str(tmp_path), out=out)),
+        "suggest": (suggest, SuggestConfig(model=run, data=str(tmp_path), out=out)),
+        "export": (export, ExportConfig(model=run, to="timm", out=out)),
+    }
+    command, config = made[verb]
+    with config.open_out(verb) as claimed:
+        claimed.finish({"models": {run: card_sha256(run)}})
+    assert command(config) == {"models": {run: card_sha256(run)}}
+    edited(Path(run), temperature=3.0)
+    with pytest.raises(
+        UsageError, match=rf"--out {out}: was made of what {run} held before; use --overwrite"
+    ) as caught:
+        command(config)
+    assert len(str(caught.value).splitlines()) == 1
+    refuse_changed(out, {}, {run: "ab"})  # of before models were noted
+
+
+def test_probabilities_of_a_model_that_changed_are_not_called_done(tmp_path: Path) -> None:
+    run, images = saved(tmp_path, head="network", classes=("a", "b")), tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(pixels(1)[0]).save(images / "one.png")
+    config = InferenceConfig(str(images), model=str(run), out=str(tmp_path / "found.parquet"))
+    known = config.identity() | {
+        "model_sha256": load_model(run).sha256,
+        "card_sha256": card_sha256(run),
+    }
+    with claim_file(config.out, verb="predict", identity=known, overwrite=False) as claimed:
+        claimed.tmp.write_bytes(b"")
+        claimed.finish({"images": 1})
+    assert predict(config) == {"images": 1}
+    edited(run, temperature=3.0)
+    with pytest.raises(UsageError, match=r"card_sha256 differs .*use --overwrite or another --out"):
+        predict(config)
 
 
 def test_the_whole_card_survives(tmp_path: Path) -> None:

@@ -179,8 +179,8 @@ def test_learnt_centres_and_the_head_have_their_place_in_the_optimiser() -> None
 @pytest.mark.parametrize("held", [NO_ROWS, np.arange(4)])
 def test_a_training_that_diverges_is_refused_in_one_line_that_names_the_rate(held: np.ndarray) -> None:
     pixels, labels = toy()
-    chosen = metric_recipe(base=recipe(epochs=1, lr=1e38))
-    with pytest.raises(DataError, match=r"diverged in epoch 1 .*; lower --lr 1e\+38") as caught:
+    chosen = metric_recipe(base=recipe(epochs=1, lr=1e20))
+    with pytest.raises(DataError, match=r"diverged in epoch 1 .*; lower --lr 1e\+20") as caught:
         learn(chosen, pixels, labels.truth, labels.groups, np.arange(4, ROWS), held, 0, 0)
     assert len(str(caught.value).splitlines()) == 1
 
