@@ -206,12 +206,12 @@ def test_what_was_made_of_a_model_that_changed_is_not_called_done(verb: str, tmp
 
 
 def test_probabilities_of_a_model_that_changed_are_not_called_done(tmp_path: Path) -> None:
-    run, images = saved(tmp_path, head="network", classes=("a", "b")), tmp_path / "images"
+    run, images = saved(tmp_path, head="metric", classes=("a", "b")), tmp_path / "images"
     images.mkdir()
     Image.fromarray(pixels(1)[0]).save(images / "one.png")
     config = InferenceConfig(str(images), model=str(run), out=str(tmp_path / "found.parquet"))
     known = config.identity() | {
-        "model_sha256": load_model(run).sha256,
+        "model_sha256": read_card(run)[1]["model.safetensors"],
         "card_sha256": card_sha256(run),
     }
     with claim_file(config.out, verb="predict", identity=known, overwrite=False) as claimed:

@@ -65,18 +65,18 @@ def test_chance_of_images_that_are_their_own_groups_is_the_mean_over_random_rank
 @pytest.mark.parametrize("sizes", [(8, 9), (1, 16)])
 def test_features_that_know_patients_but_no_class_are_worth_chance(sizes: tuple[int, int]) -> None:
     """A patient's images are nearly alike and of one class: eight neighbours are of two patients at most, or of few."""
-    values, chances, naive = [], [], []
-    for seed in range(12):
+    values, chances = [], []
+    for seed in range(20):
         rng = np.random.default_rng(seed)
-        group = np.repeat(np.arange(60), rng.integers(*sizes, 60))
-        labels = rng.integers(0, 3, 60)[group]
-        x = rng.normal(size=(60, 16))[group] + 0.01 * rng.normal(size=(len(group), 16))
+        group = np.repeat(np.arange(40), rng.integers(*sizes, 40))
+        labels = rng.integers(0, 3, 40)[group]
+        x = rng.normal(size=(40, 16))[group] + 0.01 * rng.normal(size=(len(group), 16))
         found = retrieval_metrics(x / np.linalg.norm(x, axis=1, keepdims=True), labels, group, resamples=2)
         values.append([found[name]["value"] for name in NAMES])
         chances.append([found[name]["chance"] for name in NAMES])
-        naive.append(by_hand(x, labels, group, rng)["recall_at_8"])
-    np.testing.assert_allclose(np.mean(values, axis=0), np.mean(chances, axis=0), atol=0.04)
-    assert np.mean(naive) > np.mean(chances, axis=0)[NAMES.index("recall_at_8")] + 0.1
+    np.testing.assert_allclose(np.mean(values, axis=0), np.mean(chances, axis=0), atol=0.05)
+    naive = by_hand(x, labels, group, rng)["recall_at_8"]
+    assert naive > np.mean(chances, axis=0)[NAMES.index("recall_at_8")] + 0.1
 
 
 def test_labels_are_dealt_to_whole_groups_and_stay_as_common_as_they_are() -> None:
