@@ -280,7 +280,8 @@ def test_label_sets_are_learnt_and_judged_label_by_label() -> None:
     assert p.shape == (32, 2)
     for k in (0, 1):
         own = sets[64:, k]
-        assert np.mean((p[:, k] >= 0.5) == own) > 0.8
+        assert own.mean() == 0.5
+        assert np.mean((p[:, k] >= 0.5) == own) > 0.7
 
 
 # Where classes lie
