@@ -72,8 +72,8 @@ def test_features_that_know_patients_but_no_class_are_worth_chance(sizes: tuple[
         labels = rng.integers(0, 3, 40)[group]
         x = rng.normal(size=(40, 16))[group] + 0.01 * rng.normal(size=(len(group), 16))
         found = retrieval_metrics(x / np.linalg.norm(x, axis=1, keepdims=True), labels, group, resamples=2)
-        values.append([found[name]["value"] for name in NAMES])
-        chances.append([found[name]["chance"] for name in NAMES])
+        values.append([found[name]["value"] or 0.0 for name in NAMES])
+        chances.append([found[name]["chance"] or 0.0 for name in NAMES])
     np.testing.assert_allclose(np.mean(values, axis=0), np.mean(chances, axis=0), atol=0.05)
     naive = by_hand(x, labels, group, rng)["recall_at_8"]
     assert naive > np.mean(chances, axis=0)[NAMES.index("recall_at_8")] + 0.1
@@ -87,7 +87,7 @@ def test_labels_are_dealt_to_whole_groups_and_stay_as_common_as_they_are() -> No
         assert sorted(rows.tolist()) == list(range(120))
         assert all(len(set(group[rows[group == g]])) == 1 for g in range(30))
     uneven = np.repeat(np.arange(40), rng.integers(1, 12, 40))
-    rare = uneven < 10
+    rare = np.asarray(uneven < 10)
     shares = [rare[dealt(uneven, rng)].mean() for _ in range(200)]
     assert np.mean(shares) == pytest.approx(rare.mean(), abs=0.02) and np.std(shares) < 0.08
 
