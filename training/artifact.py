@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -265,15 +265,30 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    about = {"format": "pt"}
-    if not card.features.plain:  # whose sha256 thereby differs: vectors of one are refused by the other
-        about["features"] = json.dumps(card.features.as_dict())
-    save_file(tensors, partial / WEIGHTS, metadata=about)
+    # what decides features beside the weights is in their file, whose sha256 vectors and kept features are known by
+    decides = {"input": card.input.as_dict(), "image_path": card.image_path.as_dict()}
+    decides |= {} if card.features.plain else {"features": card.features.as_dict()}
+    about = {name: json.dumps(value, sort_keys=True) for name, value in decides.items()}
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"} | about)
+    _put_in_order(partial / WEIGHTS)
     for name, content in [(lineage.SEEN, lineage.dump(seen, labelled, groups)), *files]:
         storage.write_bytes(partial / name, content)
     hashes = {p.name: storage.sha256_file(p) for p in sorted(partial.iterdir())}
     storage.write_json(partial / "model.json", card.as_dict() | {"sha256": hashes})
     storage.publish_folder(partial, folder)
+
+
+def _put_in_order(file: Path) -> None:
+    """The metadata of a safetensors file stands by name; the library writes it in an order of chance."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(content) > size:
+            raise RuntimeError(f"{file}: a header of {size} bytes became one of {len(content)}")
+        stream.seek(8)
+        stream.write(content.ljust(size))
 
 
 def model_folder(run: str | Path) -> Path:
@@ -318,6 +333,27 @@ def read_card(run: str | Path) -> tuple[ModelCard, dict[str, str]]:
         return card, dict(values["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{run}: model.json is damaged ({error})") from error
+
+
+def card_sha256(run: str | Path) -> str:
+    """The sha256 of model.json, which holds those of all files beside it: what a model says is known by it."""
+    return storage.sha256_file(model_folder(run) / "model.json")
+
+
+def refuse_changed(out: str, summary: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """A finished result at `out` was made of models that are what they were.
+
+    Args:
+        summary: its summary, with `models` as `now` has it; without, it is of before that was noted.
+        now: `card_sha256` by RUN.
+
+    Raises:
+        UsageError: one of them changed.
+    """
+    then = summary.get("models", {})
+    changed = [run for run, digest in now.items() if then.get(run, digest) != digest]
+    if changed:
+        raise UsageError(f"--out {out}: was made of what {changed[0]} held before; use --overwrite or another --out")
 
 
 def load_model(run: str | Path, device: str = "cpu") -> Model:

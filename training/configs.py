@@ -338,6 +338,8 @@ class TransferConfig(Config):
         self._require("embedding", 2 <= self.embedding <= 4096, "must lie between 2 and 4096")
         self._require("margin", self.margin is None or self.margin > 0, "must be positive")
         self._require("steps", 1 <= self.steps <= 3, "must be 1, 2 or 3")
+        pairs = self.task != "metric" or self.batch_size >= 4
+        self._require("batch_size", pairs, "--task metric compares images of two classes, two of each: at least 4")
         own = self.centres is None or self.loss.startswith("centre_")
         self._require("centres", own, f"{self.loss} has none to move: --loss centre_contrastive or centre_ranking")
 

@@ -12,7 +12,7 @@ from cluster.errors import UsageError
 from cluster.outdir import OutDir
 from cluster.progress import say
 from training import report
-from training.artifact import located_model, read_card, run_name
+from training.artifact import card_sha256, located_model, read_card, refuse_changed, run_name
 from training.compare import compare
 from training.configs import EvaluateConfig
 from training.evaluation_facts import Facts, asked_section, closing_sections
@@ -44,8 +44,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             were not judged alike.
     """
     runs = _named(config)
+    models = {run: card_sha256(run) for run in runs.values()}
     with config.open_out("evaluate") as out:
         if out.state == "done":
+            refuse_changed(config.out, out.summary(), models)
             return out.summary()
         started = time.monotonic()
         found = out_of_fold(config, runs, out) if config.data is None else unseen(config, config.data, runs, out)
@@ -62,6 +64,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "seen": found.known.images,
             "seen_groups": found.known.groups,
             "namesakes": found.known.namesakes,
+            "models": models,
             "seconds": time.monotonic() - started,
             **more,
             **found.overlap[1],

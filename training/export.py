@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from cluster import storage
 from cluster.errors import RayographError, ResourceError, UsageError
 from cluster.progress import say
-from training.artifact import Model, ModelCard, forward, load_model, model_folder, versions
+from training.artifact import Model, ModelCard, card_sha256, forward, load_model, refuse_changed, versions
 from training.calibration import FLOOR
 from training.configs import ExportConfig
 from training.encoder import OWN
@@ -61,11 +61,12 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ResourceError: packages of the extra `onnx` are missing.
         RayographError: the exported model's numbers differ from ours; nothing is published.
     """
-    model_folder(config.model)
+    models = {config.model: card_sha256(config.model)}
     if config.to == "onnx":
         _require_onnx()
     with config.open_out("export") as out:
         if out.state == "done":
+            refuse_changed(config.out, out.summary(), models)
             return out.summary()
         started = time.monotonic()
         model = load_model(config.model)
@@ -88,6 +89,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
             "tolerance": TOLERANCE,
             "classes": len(plan.classes),
             "source_sha256": model.sha256,
+            "models": models,
             "seconds": time.monotonic() - started,
         }
         out.finish(summary)

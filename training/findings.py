@@ -16,7 +16,12 @@ from training.subgroups import columns_of
 from training.transductive import FIRST_WEIGHTS, overlap_blocks, overlap_of
 
 SHOWN = 4_000
-"""Rows of which features are compared pair by pair, at most: evenly spread ones."""
+"""Rows that are asked for their neighbours, or compared pair by pair, at most: evenly spread ones."""
+
+BY_CHANCE = (
+    "By chance: the same neighbours, had each group the labels of another, drawn at random. Images of one group are "
+    "alike, so eight neighbours are of fewer than eight groups, and find less than a random order of the images would."
+)
 
 Found = tuple[list[report.Section], dict[str, Any]]
 
@@ -51,10 +56,10 @@ def statistics_of(
 
 
 def first_neighbours(features: np.ndarray, truth: np.ndarray, groups: Sequence[str], *, seed: int) -> Asked:
-    """What rows, at most `SHOWN`, find under features [N, D] in which no label of theirs had a part."""
+    """What rows, at most `SHOWN`, find among all under features [N, D] in which no label of theirs had a part."""
     rows = np.unique(np.linspace(0, len(features) - 1, min(len(features), SHOWN)).astype(np.int64))
-    unit = features[rows] / np.maximum(np.linalg.norm(features[rows], axis=1, keepdims=True), 1e-12)
-    found = retrieval.per_query(unit, truth[rows], [groups[row] for row in rows], seed=seed)
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    found = retrieval.per_query(unit, truth, groups, asked=rows, seed=seed)
     nothing = np.zeros(len(rows), dtype=np.int64)
     return Asked(rows, nothing, nothing, {("all", 1): found})
 
@@ -81,7 +86,8 @@ def neighbours_of(
     blocks: list[report.Block] = [
         report.Text(
             "Each image was asked for its most similar ones under the first weights, which know no label of theirs; "
-            "images of its own group were left out. Recall at k: how often one of the first k is of its class."
+            "images of its own group were left out. Recall at k: how often one of the first k is of its class. "
+            + BY_CHANCE
         ),
         report.Table(["", "value [95 % interval]", "by chance"], table, "Nearest neighbours of other groups"),
     ]
@@ -109,7 +115,8 @@ def learnt_neighbours(asked: Asked, groups: Sequence[str], *, seed: int) -> Foun
         report.Text(
             "Each image was asked for its most similar ones in the embedding of the fit that was not trained on its "
             "group; images of its own group were left out. Among all images: also those that the fit was trained on, "
-            "as a service has them. Among test images: only those that it was not, so there are fewer to find."
+            "as a service has them. Among test images: only those that it was not, so there are fewer to find. "
+            + BY_CHANCE
         )
     ]
     for gallery, words in (("all", "among all images"), ("test", "among test images alone")):

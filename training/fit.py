@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,8 @@ def _inner(labels: Labels, rows: np.ndarray, seed: int) -> Inner:
 
 def metric_fold(recipe: MetricRecipe, pixels: np.ndarray, labels: Labels, fold: Fold) -> FoldResult:
     """As `finetune_fold`, of an embedding whose class means judge; `more` holds what the test rows retrieve, see
-    `training.learnt.name_of`: neighbours are looked for among all rows of the fit, or among its test rows alone."""
+    `training.learnt.name_of`: neighbours are looked for among all rows, those too that a share of the labels left out
+    of the fit, or among its test rows alone."""
     names, groups = labels.take(fold.train)
     own = groups if labels.split != "image" else [str(r) for r in fold.train]
     train, held = hold_out(names, own, fraction=HELD_FRACTION, seed=recipe.base.seed + fold.repeat)
@@ -178,8 +179,10 @@ def metric_fold(recipe: MetricRecipe, pixels: np.ndarray, labels: Labels, fold: 
         recipe, pixels, labels.truth, labels.groups, fold.train[train], fold.train[held], fold.repeat, fold.fold
     )
     shown = outcome.initial.input
-    known, asked = (embed(outcome.model, shown, pixels[rows], "cpu") for rows in (fold.train, fold.test))
-    nearness = learn_nearness(known[-1][train], labels.truth[fold.train[train]], recipe.base.classes)
+    others = np.setdiff1d(np.arange(len(labels.truth)), fold.test)
+    gallery, asked = (embed(outcome.model, shown, pixels[rows], "cpu") for rows in (others, fold.test))
+    known = gallery[-1][np.searchsorted(others, fold.train)]
+    nearness = learn_nearness(known[train], labels.truth[fold.train[train]], recipe.base.classes)
     return FoldResult(
         repeat=fold.repeat,
         fold=fold.fold,
@@ -187,11 +190,11 @@ def metric_fold(recipe: MetricRecipe, pixels: np.ndarray, labels: Labels, fold: 
         probabilities=nearness.probabilities(asked[-1]),
         best_epoch=outcome.best_epoch,
         history=outcome.history,
-        distances=distances_to(known[-1][sampled_rows(len(fold.train), FOLD_REFERENCE)], asked[-1]),
+        distances=distances_to(known[sampled_rows(len(fold.train), FOLD_REFERENCE)], asked[-1]),
         inner_rows=fold.train[held],
-        inner_probabilities=nearness.probabilities(known[-1][held]),
+        inner_probabilities=nearness.probabilities(known[held]),
         share=fold.share,
-        more=retrieved(known, asked, labels.truth, labels.groups, fold, recipe.base.seed),
+        more=retrieved(gallery, asked, labels.truth, labels.groups, replace(fold, train=others), recipe.base.seed),
     )
 
 

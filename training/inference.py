@@ -17,7 +17,7 @@ from cluster.errors import UsageError
 from cluster.outfile import claim_file
 from cluster.progress import progress, say
 from cluster.session import cores, session
-from training.artifact import WEIGHTS, Model, ModelCard, load_model, located_model, read_card
+from training.artifact import WEIGHTS, Model, ModelCard, card_sha256, load_model, located_model, read_card
 from training.configs import InferenceConfig
 from training.dataset import ROW_GROUP, Dataset, filter_rows, is_dataset, label_of
 from training.device import count_workers, device_in, require_room
@@ -133,7 +133,8 @@ def embed(config: InferenceConfig) -> dict[str, Any]:
 def _infer(config: InferenceConfig, card: ModelCard, *, embed: bool) -> dict[str, Any]:
     verb = "embed" if embed else "predict"
     listing, reader, stored = _rows(config, card)
-    identity = config.identity() | {"model_sha256": read_card(config.model)[1]["model.safetensors"]}
+    identity = config.identity() | {"model_sha256": read_card(config.model)[1][WEIGHTS]}
+    identity |= {"card_sha256": card_sha256(config.model)}  # classifiers and temperatures lie beside the weights
     with claim_file(config.out, verb=verb, identity=identity, overwrite=config.overwrite) as out:
         if out.state == "done":
             return out.summary()

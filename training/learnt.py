@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from training.fit import FoldResult
 
 GALLERIES = ("all", "test")
-"""Where a test image's neighbours are looked for: among all images of other groups, those of the training side too, as
-a service does and as the first weights are asked everywhere; or among the other test images alone, which the embedding
-has not been fitted to either (papers of the field: query and gallery are of the test set)."""
+"""Where a test image's neighbours are looked for: among all images of other groups, those of the training side too,
+whether or not a share of the labels left them to the fit, as a service does and as the first weights are asked
+everywhere; or among the other test images alone, which the embedding has not been fitted to either (papers of the
+field: query and gallery are of the test set)."""
 WIDTH = 2 * len(NAMES) + 1
 
 

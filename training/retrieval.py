@@ -6,26 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaln
 
-from training.bootstrap import Floats, Ints, Metric, Units, number, ratio
+from training.bootstrap import Floats, Ints, Metric, Units, mean_defined, number, ratio
 
 RANKS = (1, 2, 4, 6, 8)
 NAMES = (*(f"recall_at_{k}" for k in RANKS), "map_at_r")
 CELLS = 4_000_000
 """Largest queries x images array held at once."""
+DEALS = 30
+"""Labellings drawn for what would be found by chance."""
+CHANCE_CELLS = 500_000_000
+"""Queries x images x labellings that are looked at for it, at most: else evenly spread queries speak for all."""
 
 
 class Retrieved(Metric):
-    """A metric and its value expected of a random ranking."""
+    """A metric and its value under labels that say nothing of the features."""
 
     chance: float | None
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """What each of Q queries found: `scores` and expected `chances` [Q, 6] in order of `NAMES`, and whether there was
-    anything of its class to find, bool [Q]."""
+    """What each of Q queries found: `scores` [Q, 6] in order of `NAMES`, what it would by chance (NaN where it was not
+    asked for that), and whether there was anything of its class to find, bool [Q]."""
 
     scores: Floats
     chances: Floats
@@ -45,9 +48,12 @@ def retrieval_metrics(
     recall_at_k is the share of queries with at least one image of their class among the first k; map_at_r is
     mean average precision over the first R, with R the images of the query's class in other groups (Musgrave,
     Belongie & Lim, "A Metric Learning Reality Check", 2020, section 3.2). Queries without any (R = 0) are not judged.
-    Equal similarities are ranked in an order drawn by `seed`, so that neighbours in the file are not favoured.
-    `chance` is exact for a random order of the same gallery. `ci95` draws the groups of the queries; the gallery is
-    held fixed.
+    Equal similarities are ranked in an order drawn by `seed`, for each query anew: no neighbours in the file and no
+    image for all are favoured.
+    `ci95` draws the groups of the queries; the gallery is held fixed.
+    `chance` is the mean over `DEALS` labellings in which whole groups carry the labels of others (see `dealt`), under
+    the same ranking. It is not that of a random ranking: images of one group lie together, so the first k are of fewer
+    than k groups, and recall without any signal is the lower for it.
 
     Raises:
         ValueError: shapes differ, a feature is not finite or not of length 1, or a group has an empty name.
@@ -58,25 +64,71 @@ def retrieval_metrics(
 
 
 def per_query(
-    features: ArrayLike, labels: ArrayLike, groups: ArrayLike, *, asked: ArrayLike | None = None, seed: int = 0
+    features: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike,
+    *,
+    asked: ArrayLike | None = None,
+    seed: int = 0,
+    deals: int = DEALS,
 ) -> Queries:
-    """What rows `asked` (default all N) find among all N rows of other groups; arguments and errors as above."""
+    """What rows `asked` (default all N) find among all N rows of other groups, and what by chance under `deals`
+    labellings; arguments and errors as above."""
     x, member = _checked(features, labels)
     group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    order = np.random.default_rng(seed).permutation(len(x))
+    rng = np.random.default_rng(seed)
+    labellings = np.stack([np.arange(len(x)), *(dealt(group, rng) for _ in range(deals))])
+    common = np.stack([member[rows].sum(axis=0) for rows in labellings])
     rows = np.arange(len(x)) if asked is None else np.asarray(asked, dtype=np.int64)
-    scores, chances = np.zeros((len(rows), len(NAMES))), np.zeros((len(rows), len(NAMES)))
+    spoken = max(1, CHANCE_CELLS // (max(1, deals) * len(x))) if deals else 0
+    speaks = np.isin(np.arange(len(rows)), np.linspace(0, len(rows) - 1, min(len(rows), spoken)).astype(np.int64))
+    scores, chances = np.zeros((len(rows), len(NAMES))), np.full((len(rows), len(NAMES)), np.nan)
     judged = np.zeros(len(rows), dtype=bool)
     step = max(1, CELLS // len(x))
     for start in range(0, len(rows), step):
-        part, queries = slice(start, start + step), rows[start : start + step]
-        other = group[queries, None] != group[order]
-        relevant = (member[queries] @ member[order].T > 0) & other
-        similar = np.where(other, x[queries] @ x[order].T, -np.inf)
-        scores[part] = _scores(similar, relevant)
-        chances[part] = _chances(relevant.sum(axis=1), other.sum(axis=1))
-        judged[part] = relevant.any(axis=1)
+        part = np.arange(start, min(start + step, len(rows)))
+        queries, told = rows[part], np.flatnonzero(speaks[part])
+        # no more share a label with a query than carry one of its labels
+        most = int(np.einsum("dqk,dk->dq", member[labellings[:, queries]], common).max(initial=0))
+        other = group[queries, None] != group
+        similar = np.where(other, x[queries] @ x.T, np.float32(-np.inf))
+        first = _first(similar, min(len(x), max(*RANKS, most)), rng)
+        scores[part], judged[part] = _scores(first, (member[queries] @ member.T > 0) & other)
+        chances[part[told]] = _by_chance(first[told], member, labellings[1:], queries[told], other[told])
     return Queries(scores, chances, judged)
+
+
+def _by_chance(
+    first: Ints, member: NDArray[np.float32], labellings: Ints, queries: Ints, other: NDArray[np.bool_]
+) -> Floats:
+    """Mean values [Q,len(NAMES)] over labellings [D,N] under which there is anything to find, else NaN."""
+    sums, counts = np.zeros((len(queries), len(NAMES))), np.zeros((len(queries), 1))
+    for labelling in labellings:
+        shared = np.take(member[labelling[queries]] @ member.T > 0, labelling, axis=1)
+        values, judged = _scores(first, shared & other)
+        sums, counts = sums + values, counts + judged[:, None]
+    return ratio(sums, counts)
+
+
+def dealt(group: Ints, rng: np.random.Generator) -> Ints:
+    """Rows [N] of which each row gets its label: labels are dealt anew to whole groups, given as numbers [N].
+
+    Groups are laid end to end in one order and again in another; each carries what lies at its middle, image by image,
+    from the beginning again where it has more images. Of groups of one size this is a permutation; else a group is
+    drawn about as often as it has images, so that classes stay as common as they are.
+    """
+    by_group, sizes = np.argsort(group, kind="stable"), np.bincount(group)
+    starts = np.cumsum(sizes) - sizes
+    here, there = rng.permutation(len(sizes)), rng.permutation(len(sizes))
+    middle = np.cumsum(sizes[here]) - sizes[here] / 2
+    giver = np.empty(len(sizes), dtype=np.int64)
+    giver[here] = there[np.searchsorted(np.cumsum(sizes[there]), middle, side="right")]
+    turned = rng.integers(sizes[giver])
+    own, giving = group[by_group], giver[group[by_group]]
+    place = np.arange(len(group)) - starts[own]
+    rows = np.empty(len(group), dtype=np.int64)
+    rows[by_group] = by_group[starts[giving] + (place + turned[own]) % sizes[giving]]
+    return rows
 
 
 def _checked(features: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -91,55 +143,28 @@ def _checked(features: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float32
     return x, member.astype(np.float32)
 
 
-def _scores(similar: NDArray[np.float32], relevant: NDArray[np.bool_]) -> Floats:
-    """Values [Q,len(NAMES)] of queries whose gallery has similarities [Q,N] (-inf: not in it) and relevance [Q,N]."""
-    size, wanted = similar.shape[1], relevant.sum(axis=1)
-    top = min(size, max(*RANKS, int(wanted.max(initial=0))))
-    first = _first(similar, top)
+def _scores(first: Ints, relevant: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:
+    """(values [Q,len(NAMES)], whether anything was to be found [Q]) of queries with the images [Q,top] first found and
+    relevance [Q,N]; values are 0 where there was not."""
+    wanted, top = relevant.sum(axis=1), first.shape[1]
     hits = np.take_along_axis(relevant, first, axis=1)
     recall = [hits[:, :k].any(axis=1) for k in RANKS]
     precision = hits.cumsum(axis=1) / np.arange(1, top + 1)
     within = np.arange(top) < wanted[:, None]
-    average = ratio((precision * hits * within).sum(axis=1), wanted)
-    return np.column_stack([*recall, np.nan_to_num(average)]).astype(np.float64)
+    average = np.nan_to_num(ratio((precision * hits * within).sum(axis=1), wanted))
+    return np.column_stack([*recall, average]).astype(np.float64), wanted > 0
 
 
-def _first(similar: NDArray[np.float32], top: int) -> Ints:
-    """The places [Q,top] of the largest values, largest first, of equals the first place first."""
-    size = similar.shape[1]
-    if top * 4 > size:
-        return np.argsort(-similar, axis=1, kind="stable")[:, :top].astype(np.int64)
-    # whatever equals the last value that enters: places of equals are then decided by the stable sort, not by chance
-    edge = -np.partition(-similar, top - 1, axis=1)[:, top - 1 : top]
-    most = int((similar >= edge).sum(axis=1).max())
-    if most * 4 > size:
-        return np.argsort(-similar, axis=1, kind="stable")[:, :top].astype(np.int64)
-    places = np.sort(np.argpartition(-similar, most - 1, axis=1)[:, :most], axis=1)
-    values = np.take_along_axis(similar, places, axis=1)
-    return np.take_along_axis(places, np.argsort(-values, axis=1, kind="stable")[:, :top], axis=1).astype(np.int64)
-
-
-def _chances(relevant: Ints, gallery: Ints) -> Floats:
-    """Values [Q,len(NAMES)] expected of a random order of a gallery of n images, R of them relevant.
-
-    A recall at k fails where all of the first k are of the n - R others: C(n-R,k) / C(n,k). The mean average
-    precision sums, over places i up to R, P(i hits) and P(i and an earlier one hit), divided by i and by R.
-    """
-    n, r = gallery.astype(np.float64), relevant.astype(np.float64)
-    recall = []
-    for k in RANKS:
-        possible, cut = n - r >= k, np.minimum(k, n)
-        logs = _log_choose(np.maximum(n - r, cut), cut) - _log_choose(n, cut)
-        recall.append(np.where(possible, 1 - np.exp(logs), (r > 0).astype(np.float64)))
-    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, max(2, int(r.max(initial=0)) + 1)))])[relevant]
-    pairs = np.nan_to_num(ratio(r * (r - 1), n * (n - 1)))
-    precision = np.nan_to_num(ratio(ratio(r, n) * harmonic + pairs * (r - harmonic), r))
-    return np.column_stack([*recall, precision])
-
-
-def _log_choose(n: Floats, k: Floats) -> Floats:
-    logs: Floats = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-    return logs
+def _first(similar: NDArray[np.float32], top: int, rng: np.random.Generator) -> Ints:
+    """The places [Q,top] of the largest values, largest first, equal ones in an order of chance."""
+    bits = (similar + np.float32(0)).view(np.uint32)  # of -0 and 0 the same
+    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # sorted as numbers as the values are
+    keys = ~((rising.astype(np.uint64) << np.uint64(32)) | rng.integers(2**32, size=bits.shape, dtype=np.uint32))
+    if top * 4 > keys.shape[1]:
+        return np.argsort(keys, axis=1)[:, :top].astype(np.int64)
+    places = np.argpartition(keys, top - 1, axis=1)[:, :top]
+    order = np.argsort(np.take_along_axis(keys, places, axis=1), axis=1)
+    return np.take_along_axis(places, order, axis=1).astype(np.int64)
 
 
 def summarise(found: Queries, units: Units) -> dict[str, Retrieved]:
@@ -149,7 +174,7 @@ def summarise(found: Queries, units: Units) -> dict[str, Retrieved]:
     rates = units.rates(scores[:, :-1] * of, of)
     columns = np.column_stack([scores[:, -1] * judged, judged])
     rates += units.draw(columns, lambda sums: ratio(sums[..., :1], sums[..., 1:])).metrics()
-    chance = chances[judged].mean(axis=0) if judged.any() else np.full(len(NAMES), np.nan)
+    chance = mean_defined(chances, axis=0) if judged.any() else np.full(len(NAMES), np.nan)
     return {
         name: Retrieved(value=m["value"], ci95=m["ci95"], per_fold=m["per_fold"], chance=number(chance[at]))
         for at, (name, m) in enumerate(zip(NAMES, rates, strict=True))

@@ -17,7 +17,7 @@ from cluster.errors import UsageError
 from cluster.progress import say
 from cluster.session import cores, session
 from training import choose
-from training.artifact import Model, ModelCard, load_model, model_folder, read_card, run_name
+from training.artifact import Model, ModelCard, card_sha256, load_model, read_card, refuse_changed, run_name
 from training.configs import InferenceConfig, SuggestConfig
 from training.dataset import Dataset, Selection
 from training.domain import look_of
@@ -25,7 +25,7 @@ from training.doubt import doubts, neighbour_probabilities
 from training.images import to_channels
 from training.inference import embed, embedding_key
 from training.ingest import resolve_data
-from training.lineage import seen_by, short_digests
+from training.lineage import labelled_by, seen_by, short_digests
 from training.suggestions import (
     ALIKE,
     DOUBT,
@@ -41,9 +41,9 @@ from training.suggestions import (
 )
 
 PREDICTIONS = "predictions.parquet"
-CROSS_VALIDATION, MODEL, NEIGHBOURS = "cross-validation", "model", "neighbours"
+CROSS_VALIDATION, MODEL, NEIGHBOURS, NOTHING = "cross-validation", "model", "neighbours", "nothing"
 """What a label was judged by: the RUN's own out-of-fold predictions, the model, which has never seen the image nor its
-group, or the labels of the most similar images of other groups."""
+group, the labels of the most similar images of other groups, or nothing, where the label itself shaped the features."""
 
 HOW = (
     "Those without a label were sorted into kinds by their looks. Of each kind that has no label yet, the largest "
@@ -79,9 +79,10 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
     Raises:
         UsageError: no such model or data, or there is nothing to suggest.
     """
-    model_folder(config.model)
+    models = {config.model: card_sha256(config.model)}
     with config.open_out("suggest") as out:
         if out.state == "done":
+            refuse_changed(config.out, out.summary(), models)
             return out.summary()
         started = time.monotonic()
         card, _ = read_card(config.model)
@@ -111,6 +112,7 @@ def suggest(config: SuggestConfig) -> dict[str, Any]:
             "left_out": int(strange.sum()),
             "to_label": len(next_ones),
             "look_again": len(wrong),
+            "models": models,
             "seconds": time.monotonic() - started,
         }
         out.finish(summary)
@@ -283,10 +285,21 @@ def _look_again(
     if len(set(names)) < 2:
         return disputed, "There are labels of fewer than two classes, so none can look wrong." + also
     classes, probabilities, by = held_out(config.model, model, dataset, rows, features)
+    fair = by != NOTHING
+    if not fair.all():
+        untold = (
+            f"{(~fair).sum():,} labels were not judged: the model's network was trained with them, and no model that "
+            "was trained without them has said anything of their images."
+        )
+        say(f"note: {untold}")
+        also += f" {untold}"
+    if not fair.any():
+        return disputed, "No label could be judged." + also
+    labelled, names, probabilities, by = rows.labelled[fair], names[fair], probabilities[fair], by[fair]
     y = np.searchsorted(classes, names)
     found = doubts(probabilities, y)
     suspects = [
-        _doubt(int(rows.labelled[at]), (classes[own], classes[rival]), probabilities[at, [own, rival]], str(by[at]))
+        _doubt(int(labelled[at]), (classes[own], classes[rival]), probabilities[at, [own, rival]], str(by[at]))
         for at, own, rival in zip(found.rows, y[found.rows], found.rivals, strict=True)
     ]
     agreed = float((probabilities.argmax(axis=1) == y).mean())
@@ -323,7 +336,9 @@ def held_out(
     """(classes [K] sorted, probabilities [L, K] of the labelled rows, made without their labels, what made each [L]).
 
     The RUN's out-of-fold predictions where it has them, else the model's own answer where neither the image nor its
-    group was seen in training, else `neighbour_probabilities`. Neighbours alone where labels are not the model's.
+    group was seen in training, else `neighbour_probabilities`. Neighbours alone where labels are not the model's. Of
+    images whose labels the model's network was trained with there are none but out-of-fold ones, else NaN: under its
+    features they lie where their labels put them.
     """
     names, groups = rows.labels[rows.labelled], rows.groups[rows.labelled]
     ours = set(names) <= set(model.card.classes)
@@ -344,6 +359,9 @@ def held_out(
         for at in np.flatnonzero(covered):
             probabilities[at] = predicted[ids[at]][order]
         by[fresh], by[covered] = MODEL, CROSS_VALIDATION
+    learnt, digests = labelled_by(run), short_digests(rows.selection.take(rows.labelled))
+    taught = np.asarray([digest in learnt for digest in digests], dtype=bool)
+    by[taught & (by == NEIGHBOURS)] = NOTHING
     rest = np.flatnonzero(by == NEIGHBOURS)
     if len(rest):
         labels = np.searchsorted(classes, names)

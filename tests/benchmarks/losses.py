@@ -1,7 +1,8 @@
 """Ours beside other losses of metric learning, pytorch-metric-learning's: a linear embedding on frozen features.
 
 Part of `python -m tests.benchmarks.results retrieval`. Nothing but the loss differs: the same folds, batches, steps and
-optimiser; a loss with weights of its own has them trained at ten times the rate.
+optimiser; a loss with weights of its own has them start at the class means, as ours do, and trained at ten times the
+rate. Of several weights for a class each starts a little beside its mean, or they would stay one.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _embedded(x: np.ndarray, truth: np.ndarray, fold: Any, name: str) -> np.ndar
 def _loss(name: str, classes: int, start: Tensor) -> tuple[Callable[..., Tensor], list[Any], Callable[..., None]]:
     """(loss of embeddings of rows, its own weights, what follows a batch)."""
     if name in PEERS:
-        peer = PEERS[name](classes)
+        peer = started(PEERS[name](classes), start)
         return lambda found, rows, labels, members: peer(found, labels[rows]), list(peer.parameters()), _nothing
     ours = LOSSES[name]  # type: ignore[index]
     centres = Centres(start, ours.centres or "rule")
@@ -110,6 +111,19 @@ def _loss(name: str, classes: int, start: Tensor) -> tuple[Callable[..., Tensor]
         return ours.function(found, members[rows], centres(), ours.margin)
 
     return loss, list(centres.parameters()), after
+
+
+def started(peer: nn.Module, start: Tensor) -> nn.Module:
+    """A peer whose proxies, if it has any, lie at `start` [K, d]: rows of `proxies`, columns of `W` and `fc`."""
+    for name, weights in peer.named_parameters():
+        assert name in {"proxies", "W", "fc"}, name
+        each = weights.numel() // start.numel()
+        points = start.repeat_interleave(each, dim=0)
+        if each > 1:
+            points = points + 0.1 * start.shape[1] ** -0.5 * torch.randn(points.shape)
+        with torch.no_grad():
+            weights.copy_(points if name == "proxies" else points.T)
+    return peer
 
 
 def _nothing(found: Tensor, members: Tensor) -> None:

@@ -151,6 +151,7 @@ class Points:
     truth: np.ndarray
     held: np.ndarray
     held_truth: np.ndarray
+    held_groups: list[str]
 
     @property
     def classes(self) -> int:
@@ -193,7 +194,13 @@ def distances(index_folder: Path) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
-    return "\n".join(lines)
+    return "\n".join([*lines, "", PAIRS])
+
+
+PAIRS = (
+    "All pairs: each image of a batch against all N, so that a pair is computed from both of its sides: N (N - 1) "
+    "distances an epoch, where a list of pairs would need half as many, N (N - 1) / 2; (N - 1) / 2C is of that half."
+)
 
 
 def train(points: Points, name: str) -> Iterator[Moment]:
@@ -207,10 +214,12 @@ def train(points: Points, name: str) -> Iterator[Moment]:
     with torch.no_grad():
         layer.weight.normal_(0, x.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
         layer.bias.copy_(-layer.weight @ x.mean(dim=0))
-    centres = Centres(start_at(unit(layer(x)).detach(), members), "rule")
+    began = time.perf_counter()
+    centres = Centres(start_at(unit(layer(x)).detach(), members), "rule") if name == "centres" else None
+    seconds = time.perf_counter() - began  # a pass over all images that only centres need
     optimizer, generator = torch.optim.Adam(layer.parameters(), lr=1e-3), np.random.default_rng(0)
-    seconds, count, shown, best, since = 0.0, 0, 0, 0.0, 0
-    yield Moment(0.0, 0, 1e-9, recall_of(layer, points))
+    count, shown, best, since = 0, 0, 0.0, 0
+    yield Moment(seconds, 0, 1e-9, recall_of(layer, points))
     while seconds < LIMIT_S and since < 12:
         batches = balanced_batches(members.numpy(), BATCH, generator)
         often, known = max(1, min(50, len(batches) // 4)), None
@@ -221,17 +230,20 @@ def train(points: Points, name: str) -> Iterator[Moment]:
                     known = unit(layer(x))
             rows = torch.from_numpy(batch)
             found = unit(layer(x[rows]))
-            if name == "centres":
+            if centres is not None:
                 loss = centre_contrastive(found, members[rows], centres(), 1.0)
                 count += len(batch) * points.classes
             else:
-                others, sets = (found, members[rows]) if known is None else (known, members)
-                loss = pair_contrastive(found, members[rows], others, sets)
-                count += len(batch) * (len(batch) - 1) // 2 if known is None else len(batch) * len(others)
+                others, sets, own = found, members[rows], torch.arange(len(rows))
+                pairs = len(batch) * (len(batch) - 1) // 2
+                if known is not None:
+                    others, sets, own, pairs = known, members, rows, len(batch) * (len(known) - 1)
+                loss = pair_contrastive(found, members[rows], others, sets, own)
+                count += pairs
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if name == "centres":
+            if centres is not None:
                 centres.after_batch(found, members[rows])
             seconds, shown = seconds + time.perf_counter() - began, shown + len(batch)
             if (number + 1) % often == 0 or number + 1 == len(batches):
@@ -242,21 +254,26 @@ def train(points: Points, name: str) -> Iterator[Moment]:
                 break
 
 
-def pair_contrastive(embeddings: Tensor, members: Tensor, others: Tensor, sets: Tensor, margin: float = 1.0) -> Tensor:
-    """The contrastive loss of Hadsell, Chopra & LeCun (CVPR 2006) over all pairs [B, M], both kinds weighing alike."""
+def pair_contrastive(
+    embeddings: Tensor, members: Tensor, others: Tensor, sets: Tensor, own: Tensor, margin: float = 1.0
+) -> Tensor:
+    """The contrastive loss of Hadsell, Chopra & LeCun (CVPR 2006) over all pairs [B, M], both kinds weighing alike;
+    `own` [B] is where each image is among the others, for with itself it is no pair."""
     squares = squared_distances(embeddings, others)
-    like = (members.float() @ sets.float().T > 0).float()
+    shared = members.float() @ sets.float().T > 0
+    like, unlike = shared.float(), (~shared).float()
+    like[torch.arange(len(own)), own] = 0
     short = (margin - squares.clamp(min=1e-12).sqrt()).clamp(min=0).square()
-    pull, push = (squares * like).sum() / like.sum(), (short * (1 - like)).sum() / (1 - like).sum()
+    pull, push = (squares * like).sum() / like.sum().clamp(min=1), (short * unlike).sum() / unlike.sum().clamp(min=1)
     return pull + push
 
 
 def recall_of(layer: nn.Module, points: Points) -> float:
-    """Recall@8 of held rows among held rows."""
+    """Recall@8 of held rows among held rows of other groups."""
     with torch.no_grad():
         found = unit(layer(torch.from_numpy(points.held))).numpy()
-    result = per_query(found, points.held_truth, [str(at) for at in range(len(found))])
-    return float(result.scores[:, RANKS.index(8)].mean())
+    result = per_query(found, points.held_truth, points.held_groups, deals=0)
+    return float(result.scores[result.judged, RANKS.index(8)].mean())
 
 
 def synthetic_points(size: int, classes: int = 14, width: int = 128, seed: int = 0) -> Points:
@@ -269,23 +286,35 @@ def synthetic_points(size: int, classes: int = 14, width: int = 128, seed: int =
         own = centres[truth] + 1.5 * rng.normal(size=(count, 16))
         return np.column_stack([own, 4 * rng.normal(size=(count, width - 16))]).astype(np.float32), truth
 
-    return Points(*drawn(size), *drawn(HELD))
+    return Points(*drawn(size), *drawn(HELD), [str(at) for at in range(HELD)])
 
 
 def real_points(folder: Path, size: int) -> Points:
-    """ImageNet features of Pap smear cells of Herlev and CRIC with both sets' own classes, some of them held."""
+    """ImageNet features of Pap smear cells of Herlev and CRIC, classes of each set its own, whole slides held."""
     rows = []
     for index, source in (("index.csv", "herlev"), ("index_cric.csv", "cric")):
         with (folder / index).open(newline="", encoding="utf-8") as file:
-            rows += [(r["path"], f"{source} {r['label']}") for r in csv.DictReader(file) if source in r["path"]]
+            read = [r for r in csv.DictReader(file) if source in r["path"]]
+            rows += [(r["path"], f"{source} {r['label']}", f"{source} {r['group'] or r['path']}") for r in read]
+    chosen, held = split_by_group(rows, size)
     wanted = Wanted("imagenet", "auto", None, "128", 0, "cpu", 3, (0.5,) * 3, (0.25,) * 3)
     initial = initial_weights(wanted)
-    order = np.random.default_rng(0).permutation(len(rows))[: size + HELD]
-    chosen = [rows[at] for at in order]
     path = ImagePath(128, 128)
-    pixels = np.stack([to_channels(decode((folder / name).read_bytes(), path), 3) for name, _ in chosen])
+    pixels = np.stack([to_channels(decode((folder / name).read_bytes(), path), 3) for name, _, _ in chosen])
     features = features_of(initial.network.eval(), initial.input, pixels)
     features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-6)
-    truth = np.unique([label for _, label in chosen], return_inverse=True)[1]
-    held = min(HELD, len(chosen) // 5)
-    return Points(features[held:], truth[held:], features[:held], truth[:held])
+    truth = np.unique([label for _, label, _ in chosen], return_inverse=True)[1]
+    groups = [group for *_, group in chosen[:held]]
+    return Points(features[held:], truth[held:], features[:held], truth[:held], groups)
+
+
+def split_by_group(rows: list[tuple[str, str, str]], size: int) -> tuple[list[tuple[str, str, str]], int]:
+    """(rows of (path, label, group), how many of them come first and are held): whole groups, of about `HELD` images or
+    a fifth of all, then `size` images of others."""
+    names = sorted({group for *_, group in rows})
+    place = dict(zip(names, np.random.default_rng(0).permutation(len(names)).tolist(), strict=True))
+    ordered = sorted(rows, key=lambda row: place[row[2]])
+    held = min(HELD, min(len(rows), size + HELD) // 5)
+    while held < len(ordered) and ordered[held][2] == ordered[held - 1][2]:
+        held += 1
+    return ordered[: held + size], held

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import skops.io
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 
 from cluster.errors import UsageError
+from cluster.outfile import claim_file
 from training import lineage
-from training.artifact import FORMAT, OLDER, ModelCard, forward, load_model, model_folder, read_card, save_model
+from training.artifact import (
+    FORMAT,
+    OLDER,
+    ModelCard,
+    card_sha256,
+    forward,
+    load_model,
+    model_folder,
+    read_card,
+    refuse_changed,
+    save_model,
+)
+from training.configs import EvaluateConfig, ExportConfig, InferenceConfig, SuggestConfig
 from training.encoder import Architecture, seed_weights
+from training.evaluate import evaluate
+from training.export import export
 from training.images import ImagePath
+from training.inference import embedding_key, predict
+from training.suggest import suggest
 from training.tasks.frozen import ESTIMATORS, Frozen, load_estimator
 from training.transform import Input, evaluation_view
 
@@ -132,6 +154,73 @@ def test_forward_gives_timm_s_own_features_and_logits(architecture: Architecture
         assert torch.allclose(logits, network(images), atol=1e-5)
         network.reset_classifier(0)
         assert torch.allclose(features, network(images), atol=1e-5)
+
+
+def test_models_that_see_images_otherwise_are_other_models_and_equal_ones_the_same(tmp_path: Path) -> None:
+    """Of a conv net neither size nor normalisation nor the stored image is in a tensor."""
+    plain = card(CONV)
+    others = [
+        replace(plain, input=replace(plain.input, height=64)),
+        replace(plain, input=replace(plain.input, mean=(0.1,))),
+        replace(plain, image_path=ImagePath(40, 40, "crop", window="0:300")),
+    ]
+    found = []
+    for at, own in enumerate([*others, *[plain] * 6]):
+        save_model(tmp_path / str(at) / "model", own, network_of(CONV))
+        found.append(load_model(tmp_path / str(at)).sha256)
+    assert len(set(found)) == len(others) + 1 and len(set(found[len(others) :])) == 1
+    one, other = (read_card(tmp_path / str(at))[1] for at in (0, 3))
+    dataset = SimpleNamespace(version="1")
+    assert embedding_key(one, dataset, ["a"]) != embedding_key(other, dataset, ["a"])  # type: ignore[arg-type]
+
+
+def test_a_model_from_before_its_input_was_in_its_weights_is_read_and_known_by_them(tmp_path: Path) -> None:
+    run = saved(tmp_path)
+    file = run / "model" / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    values = json.loads((run / "model" / "model.json").read_text())
+    values["sha256"]["model.safetensors"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load_model(edited(run, sha256=values["sha256"])).sha256 == values["sha256"]["model.safetensors"]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "suggest", "export"])
+def test_what_was_made_of_a_model_that_changed_is_not_called_done(verb: str, tmp_path: Path) -> None:
+    """A temperature, or a classifier beside the weights, leaves their sha256 as it was."""
+    run, out = str(saved(tmp_path)), str(tmp_path / "out")
+    made: dict[str, tuple[Any, Any]] = {
+        "evaluate": (evaluate, EvaluateConfig(model=run, data=str(tmp_path), out=out)),
+        "suggest": (suggest, SuggestConfig(model=run, data=str(tmp_path), out=out)),
+        "export": (export, ExportConfig(model=run, to="timm", out=out)),
+    }
+    command, config = made[verb]
+    with config.open_out(verb) as claimed:
+        claimed.finish({"models": {run: card_sha256(run)}})
+    assert command(config) == {"models": {run: card_sha256(run)}}
+    edited(Path(run), temperature=3.0)
+    with pytest.raises(
+        UsageError, match=rf"--out {out}: was made of what {run} held before; use --overwrite"
+    ) as caught:
+        command(config)
+    assert len(str(caught.value).splitlines()) == 1
+    refuse_changed(out, {}, {run: "ab"})  # of before models were noted
+
+
+def test_probabilities_of_a_model_that_changed_are_not_called_done(tmp_path: Path) -> None:
+    run, images = saved(tmp_path, head="metric", classes=("a", "b")), tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(pixels(1)[0]).save(images / "one.png")
+    config = InferenceConfig(str(images), model=str(run), out=str(tmp_path / "found.parquet"))
+    known = config.identity() | {
+        "model_sha256": read_card(run)[1]["model.safetensors"],
+        "card_sha256": card_sha256(run),
+    }
+    with claim_file(config.out, verb="predict", identity=known, overwrite=False) as claimed:
+        claimed.tmp.write_bytes(b"")
+        claimed.finish({"images": 1})
+    assert predict(config) == {"images": 1}
+    edited(run, temperature=3.0)
+    with pytest.raises(UsageError, match=r"card_sha256 differs .*use --overwrite or another --out"):
+        predict(config)
 
 
 def test_the_whole_card_survives(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -29,13 +30,15 @@ def network(name: str, wanted: Input, seed: int) -> nn.Module:
     return built
 
 
-def distill(matching: Literal["cosine", "smooth_l1"] = "cosine", sha256: str = "ab" * 32) -> Distill:
+def distill(
+    matching: Literal["cosine", "smooth_l1"] = "cosine", sha256: str = "ab" * 32, seen: Input | None = None
+) -> Distill:
     teacher = network("test_efficientnet", TEACHERS, 1)
     module = Distill(
         network("test_vit", WANTED, 0),
         teacher,
         features=64,
-        teacher_input=TEACHERS,
+        teacher_input=seen or TEACHERS,
         teacher_sha256=sha256,
         matching=matching,
     ).train()
@@ -77,11 +80,11 @@ def test_the_loss_of_distillation_is_that_of_its_source(matching: Any) -> None:
 def test_the_teacher_is_in_no_checkpoint_and_stays_as_it_is() -> None:
     module = distill()
     before = copy.deepcopy(module.teacher.network.state_dict())
-    assert [name for name in module.state_dict() if "teacher" in name] == ["teacher.sha256"]
+    assert [name for name in module.state_dict() if "teacher" in name] == ["teacher.sha256", "teacher.size"]
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"encoder", "projection", "teacher"}
     assert not module.teacher.network.training  # although the method was put into training mode
     module(*shown()).sum().backward()
-    module.load_state_dict({n: t if n == "teacher.sha256" else t + 1 for n, t in module.state_dict().items()})
+    module.load_state_dict({n: t if n.startswith("teacher.") else t + 1 for n, t in module.state_dict().items()})
     assert all(torch.equal(before[name], tensor) for name, tensor in module.teacher.network.state_dict().items())
     assert all(parameter.grad is None for parameter in module.teacher.parameters())
 
@@ -99,6 +102,15 @@ def test_a_run_does_not_go_on_with_another_teacher() -> None:
         UsageError, match=r"--teacher: its weights \(sha256 cdcdcdcdcdcd\) are not those .*\(abababababab\)"
     ):
         distill(sha256="cd" * 32).load_state_dict(distill().state_dict())
+
+
+def test_a_run_does_not_go_on_with_a_teacher_that_sees_images_of_another_size() -> None:
+    """Its size is auto, so it follows from the device."""
+    other = distill(seen=replace(TEACHERS, height=96))
+    with pytest.raises(UsageError, match=r"--teacher: would be shown images of 96x64, the run began with 48x64"):
+        other.load_state_dict(distill().state_dict())
+    before = {name: tensor for name, tensor in distill().state_dict().items() if name != "teacher.size"}
+    other.load_state_dict(before)  # of before the size was kept
 
 
 def test_the_teacher_sees_the_same_view_by_its_own_input() -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from tests.training.test_artifact import CONV, card, network_of, pixels
+from training.artifact import load_model, save_model
+from training.dataset import Selection
 from training.doubt import NEIGHBOURS, TEMPERATURE, doubts, neighbour_probabilities, thresholds
+from training.suggest import CROSS_VALIDATION, MODEL, NOTHING, Rows, held_out
+from training.suggest import NEIGHBOURS as BY_NEIGHBOURS
 
 
 def clusters(count: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,3 +106,31 @@ def test_a_label_does_not_reach_its_own_probabilities_nor_those_of_its_group() -
 def test_neighbours_of_one_group_alone_know_nothing() -> None:
     features, truth = clusters(8, 2, seed=5)
     np.testing.assert_allclose(neighbour_probabilities(features, truth, np.zeros(8), 2), 0.5)
+
+
+def test_a_label_that_shaped_the_features_is_judged_by_nothing_but_what_was_said_out_of_fold(tmp_path: Path) -> None:
+    """12 images: of four the network has learnt the labels, four it has seen without, four are new to it."""
+    digests = [f"{at:02x}" * 32 for at in range(12)]
+    names, ids = ["a", "b"] * 6, [f"image {at}" for at in range(12)]
+    save_model(
+        tmp_path / "model",
+        card(CONV, head="network", classes=("a", "b")),
+        network_of(CONV, 2),
+        seen=[digest[:32] for digest in digests[:8]],
+        labelled=[digest[:32] for digest in digests[:4]],
+    )
+    table = pa.table({"image_id": ids, "sha256": digests, "label": names})
+    everyone, nobody = np.arange(12), np.empty(0, dtype=np.int64)
+    groups = np.asarray([f"g{at}" for at in range(12)])
+    rows = Rows(Selection(table), np.asarray(names), groups, everyone, nobody, nobody)
+    model = load_model(tmp_path)
+    features = np.random.default_rng(0).normal(size=(12, model.embed(pixels(1)).shape[1])).astype(np.float32)
+    dataset: Any = None  # not looked at
+    _, probabilities, by = held_out(str(tmp_path), model, dataset, rows, features)
+    assert by.tolist() == [NOTHING] * 4 + [BY_NEIGHBOURS] * 4 + [MODEL] * 4
+    assert np.isnan(probabilities[:4]).all() and not np.isnan(probabilities[4:]).any()
+    said = pa.table({"image_id": ids[:2], "a": [0.9, 0.2], "b": [0.1, 0.8]})
+    pq.write_table(said, tmp_path / "predictions.parquet")
+    _, probabilities, by = held_out(str(tmp_path), model, dataset, rows, features)
+    assert by.tolist() == [CROSS_VALIDATION] * 2 + [NOTHING] * 2 + [BY_NEIGHBOURS] * 4 + [MODEL] * 4
+    np.testing.assert_allclose(probabilities[:2], [[0.9, 0.1], [0.2, 0.8]])

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.retrieval import NAMES, RANKS, retrieval_metrics
+from training.findings import first_neighbours
+from training.retrieval import NAMES, RANKS, _first, dealt, per_query, retrieval_metrics
 
 
 def data(seed: int = 0, rows: int = 90, classes: int = 4, groups: int = 25, help_: float = 1.0) -> tuple[Any, Any, Any]:
@@ -53,13 +54,54 @@ def many() -> tuple[Any, Any, Any]:
     return x / np.linalg.norm(x, axis=1, keepdims=True), labels, rng.integers(0, 60, 200).astype(str)
 
 
-def test_chance_is_the_mean_over_random_rankings() -> None:
-    x, labels, group = data(1, rows=60)
-    rng = np.random.default_rng(0)
+def test_chance_of_images_that_are_their_own_groups_is_the_mean_over_random_rankings() -> None:
+    x, labels, _ = data(1, rows=60, help_=0.0)
+    group, rng = np.arange(60), np.random.default_rng(0)
     drawn = [by_hand(x, labels, group, rng) for _ in range(150)]
     for name, metric in retrieval_metrics(x, labels, group, resamples=5).items():
-        values = [d[name] for d in drawn]
-        assert metric["chance"] == pytest.approx(np.mean(values), abs=4 * np.std(values) / np.sqrt(150) + 1e-9), name
+        assert metric["chance"] == pytest.approx(np.mean([d[name] for d in drawn]), abs=0.02), name
+
+
+@pytest.mark.parametrize("sizes", [(8, 9), (1, 16)])
+def test_features_that_know_patients_but_no_class_are_worth_chance(sizes: tuple[int, int]) -> None:
+    """A patient's images are nearly alike and of one class: eight neighbours are of two patients at most, or of few."""
+    values, chances = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        group = np.repeat(np.arange(40), rng.integers(*sizes, 40))
+        labels = rng.integers(0, 3, 40)[group]
+        x = rng.normal(size=(40, 16))[group] + 0.01 * rng.normal(size=(len(group), 16))
+        found = retrieval_metrics(x / np.linalg.norm(x, axis=1, keepdims=True), labels, group, resamples=2)
+        values.append([found[name]["value"] or 0.0 for name in NAMES])
+        chances.append([found[name]["chance"] or 0.0 for name in NAMES])
+    np.testing.assert_allclose(np.mean(values, axis=0), np.mean(chances, axis=0), atol=0.05)
+    naive = by_hand(x, labels, group, rng)["recall_at_8"]
+    assert naive > np.mean(chances, axis=0)[NAMES.index("recall_at_8")] + 0.1
+
+
+def test_labels_are_dealt_to_whole_groups_and_stay_as_common_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    group = rng.permutation(np.repeat(np.arange(30), 4))
+    for _ in range(5):
+        rows = dealt(group, rng)
+        assert sorted(rows.tolist()) == list(range(120))
+        assert all(len(set(group[rows[group == g]])) == 1 for g in range(30))
+    uneven = np.repeat(np.arange(40), rng.integers(1, 12, 40))
+    rare = np.asarray(uneven < 10)
+    shares = [rare[dealt(uneven, rng)].mean() for _ in range(200)]
+    assert np.mean(shares) == pytest.approx(rare.mean(), abs=0.02) and np.std(shares) < 0.08
+
+
+def test_where_there_are_many_images_a_few_queries_speak_for_what_chance_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels, group = data(3)
+    whole = per_query(x, labels, group)
+    monkeypatch.setattr("training.retrieval.CHANCE_CELLS", 30 * len(x) * 40)
+    found = per_query(x, labels, group)
+    asked = ~np.isnan(found.chances).any(axis=1)
+    assert asked.sum() == 40 and asked[0] and asked[-1]
+    np.testing.assert_array_equal(found.chances[asked], whole.chances[asked])
+    np.testing.assert_array_equal(found.scores, whole.scores)
+    assert np.isnan(per_query(x, labels, group, deals=0).chances).all()
 
 
 def test_images_of_the_querys_own_group_are_never_found() -> None:
@@ -79,6 +121,30 @@ def test_a_collapsed_encoder_is_worth_chance_also_where_the_file_is_sorted_by_cl
     values = [retrieval_metrics(x, labels, group, resamples=2, seed=s)["map_at_r"]["value"] or 0 for s in range(12)]
     chance = retrieval_metrics(x, labels, group, resamples=2)["map_at_r"]["chance"]
     assert np.mean(values) == pytest.approx(chance, abs=0.02)
+
+
+def test_of_images_that_are_equally_like_each_query_finds_others() -> None:
+    """One order for all would have the same eight images stand for what all queries find."""
+    x, labels, group = np.tile([1.0, 0.0], (400, 1)), np.arange(400) % 4, np.arange(400)
+    for seed in range(5):
+        found = retrieval_metrics(x, labels, group, resamples=2, seed=seed)["recall_at_8"]["value"]
+        assert found == pytest.approx(1 - 0.75**8, abs=0.06)
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 3, size=(50, 400)).astype(np.float32)
+    for top in (8, 300):
+        places = _first(few, top, rng)
+        values = np.take_along_axis(few, places, axis=1)
+        np.testing.assert_array_equal(values, -np.sort(-few, axis=1)[:, :top])
+        assert all(len(set(row)) == top for row in places.tolist())
+
+
+def test_of_many_images_only_the_queries_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels, group = data(3)
+    monkeypatch.setattr("training.findings.SHOWN", 20)
+    asked = first_neighbours(3 * x, labels, group.tolist(), seed=0)
+    assert len(asked.rows) == 20
+    expected = per_query(x, labels, group, asked=asked.rows)
+    np.testing.assert_array_equal(asked.found["all", 1].scores, expected.scores)
 
 
 def test_perfect_features_score_one() -> None:

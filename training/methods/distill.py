@@ -18,18 +18,20 @@ from training.views import Views
 
 class Frozen(nn.Module):
     """A network that is only looked at: in evaluation mode always, without gradients. Of it a `state_dict` holds the
-    sha256 alone; whoever builds the module anew brings the same weights along.
+    sha256 and the (height, width) that it is shown alone; whoever builds the module anew brings the same weights along.
 
     Raises:
-        UsageError: on loading a state that belongs to other weights.
+        UsageError: on loading a state that belongs to other weights, or to another size.
     """
 
     sha256: Tensor
+    size: Tensor
 
-    def __init__(self, network: nn.Module, sha256: str) -> None:
+    def __init__(self, network: nn.Module, sha256: str, size: tuple[int, int]) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
+        self.register_buffer("size", torch.tensor(size))
         self.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_put_own)  # type: ignore[no-untyped-call]
 
@@ -53,6 +55,13 @@ def _put_own(module: Frozen, state: dict[str, Any], prefix: str, *_: object) -> 
         raise UsageError(
             f"--teacher: its weights (sha256 {_hex(module.sha256)}) are not those that the run began with "
             f"({_hex(known)}); bring those back, or start again with --overwrite"
+        )
+    size: Tensor = state.setdefault(f"{prefix}size", module.size)  # a checkpoint of before has none
+    if size.tolist() != module.size.tolist():
+        here, there = ("x".join(map(str, sides.tolist())) for sides in (module.size, size))
+        raise UsageError(
+            f"--teacher: would be shown images of {here}, the run began with {there}, which follows from the device; "
+            "go on with the --device it began with, or start again with --overwrite"
         )
     own: Mapping[str, Tensor] = module.network.state_dict()
     state.update({f"{prefix}network.{name}": tensor for name, tensor in own.items()})
@@ -96,7 +105,7 @@ class Distill(Method):
         self.encoder = encoder
         self.teacher_input, self.matching = teacher_input, matching
         self.projection = nn.Linear(features, feature_width(teacher, teacher_input))
-        self.teacher = Frozen(teacher, teacher_sha256)
+        self.teacher = Frozen(teacher, teacher_sha256, (teacher_input.height, teacher_input.width))
         self.frozen = ("teacher",)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Metric learning: a network and an embedding of unit length, trained so that images of a class lie together.
 
 AdamW, one cycle, random views and layer-wise decay are those of `training.tasks.finetune`; batches hold as many images
-of each class, and training stops where retrieval among held-back groups was best.
+of each class, and training stops where held-back groups found their like best.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cluster.errors import DataError
 from training import keyed
 from training.configs import MetricLoss, TransferConfig
+from training.domain import sampled_rows
 from training.losses import LOSSES
 from training.losses.centres import Centres, start_at
 from training.retrieval import per_query
@@ -30,6 +33,8 @@ PER_CLASS = 4
 """Images of a class in a batch, at least, where it is large enough: a pair-wise loss needs partners."""
 CENTRE_RATE = 10.0
 """Learnt centres and proxies take steps so much longer than the network's: 10 to 100 are in use."""
+GALLERY = 2000
+"""Training rows among which held rows are asked for their like, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Learnt:
     model: Progressive
     initial: Initial
     best_epoch: int
-    """Passes after which retrieval among held rows was best; all of them where nothing could be judged."""
+    """Passes after which held rows found their like best; all of them where nothing could be judged."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """`held_loss` is 1 - mAP@R."""
+    """`held_loss` is 1 - mAP@R of the held rows among those of training and themselves."""
 
 
 def learn(
@@ -74,11 +79,15 @@ def learn(
     stop_after: int | None = None,
 ) -> Learnt:
     """An embedding trained on rows `train` of `pixels` (uint8 [N, H, W, C]), kept as it was when rows `held` found
-    their like best among themselves, images of their own group left out.
+    their like best among `train` (at most `GALLERY` of them) and themselves, images of their own group left out: among
+    themselves alone, a class of which a single group is held would have nothing to find.
 
     `truth` is class numbers [N] or label sets bool [N, K], `groups` [N] names. An epoch draws as many images as there
     are; the schedule spans the recipe's epochs, of which `stop_after` are done. `key` separates the randomness of folds
     and repeats. The loss is the sum over steps, the last one's twice where there are several.
+
+    Raises:
+        DataError: the training diverged.
     """
     base = recipe.base
     torch.set_num_threads(base.threads)
@@ -90,15 +99,17 @@ def learn(
     if initial.architecture.patch is None:
         model.network.to(memory_format=torch.channels_last)
     members = members_of(truth, base.classes)
-    centres = _start(recipe, model, initial.input, pixels[train], members[train]).to(base.device)
+    centres = starting_centres(recipe, model, initial.input, pixels[train], members[train], *key).to(base.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, centres, base, initial), lr=base.lr)
     best, best_loss, best_epoch, history = None, float("inf"), base.epochs, []
     for epoch in range(stop_after or base.epochs):
         loss = _one_epoch(recipe, model, centres, optimizer, initial.input, pixels, members, train, epoch, key)
+        _refuse_diverged(model, loss, epoch, base.lr)
         row = {"epoch": epoch + 1, "loss": loss}
         if len(held):
-            found = embed(model, initial.input, pixels[held], base.device)[-1]
-            row["held_loss"] = 1 - _found_again(found, members[held], [groups[r] for r in held])
+            rows = np.concatenate([held, train[sampled_rows(len(train), GALLERY)]])
+            found = embed(model, initial.input, pixels[rows], base.device)[-1]
+            row["held_loss"] = 1 - _found_again(found, members[rows], [groups[r] for r in rows], len(held))
             if row["held_loss"] < best_loss:
                 best, best_loss, best_epoch = copy.deepcopy(model.state_dict()), row["held_loss"], epoch + 1
         history.append(row)
@@ -134,21 +145,23 @@ def balanced_batches(members: np.ndarray, batch_size: int, generator: np.random.
         members: label sets bool [N, K]; rows without any label count as a class of their own.
 
     A batch holds as many images of each of its classes, 4 or more: all classes where they fit, else those whose turn it
-    is. A class's rows come in an order drawn anew whenever all have been shown; a batch that needs more rows of a class
-    than there are takes all of them.
+    is, but two at least, for images of one class say nothing of what sets it apart. A class's rows come in an order
+    drawn anew whenever all have been shown; a batch that needs more rows of a class than there are takes all of them.
     """
     kinds = np.column_stack([members, ~members.any(axis=1)])
     pools = [np.flatnonzero(kind) for kind in kinds.T if kind.any()]
     queues: list[list[int]] = [[] for _ in pools]
     turn: list[int] = []
-    many = max(1, min(len(pools), batch_size // PER_CLASS))
+    many = min(len(pools), max(2, batch_size // PER_CLASS))
     batches = []
     for _ in range(max(1, len(members) // batch_size)):
         batch: dict[int, None] = {}
+        own: list[int] = []
         for at in range(many):
-            if not turn:
-                turn = generator.permutation(len(pools)).tolist()
+            if not turn:  # popped from its end: classes that the batch has already come last
+                turn = sorted(generator.permutation(len(pools)).tolist(), key=lambda kind: kind not in own)
             kind = turn.pop()
+            own.append(kind)
             wanted = (at + 1) * batch_size // many - at * batch_size // many
             _draw(pools[kind], queues[kind], wanted, batch, generator)
         batches.append(np.fromiter(batch, dtype=np.int64))
@@ -183,20 +196,30 @@ def embed(model: Progressive, shown: Input, pixels: np.ndarray, device: str) -> 
     return [np.concatenate(own) for own in parts]
 
 
-def _start(recipe: MetricRecipe, model: Progressive, shown: Input, pixels: np.ndarray, members: np.ndarray) -> Any:
+def starting_centres(
+    recipe: MetricRecipe, model: Progressive, shown: Input, pixels: np.ndarray, members: np.ndarray, *key: object
+) -> Any:
     """Centres of each step, at the class means of the untrained embedding, whose biases are set on the way.
 
+    Where there is batch norm, of embeddings as training will see them: by the statistics of batches, in an order keyed
+    by (seed, key). What batch norm has learnt so far may be of other images, and is left as it was.
     Deviation from Proxy-Anchor, whose proxies start at random: there is no time to sort them out.
     """
-    device, found = recipe.base.device, []
-    model.eval()
+    base, found = recipe.base, []
+    device, order = base.device, keyed.generator("start", base.seed, *key).permutation(len(pixels))
+    norms = [part for part in model.eval().modules() if isinstance(part, _BatchNorm)]
+    before = [{name: buffer.clone() for name, buffer in part.named_buffers()} for part in norms]
     with torch.no_grad():
-        for at in range(0, len(pixels), EVALUATION_BATCH):
-            found.append(model.descriptors(evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device)))
+        for part in norms:
+            part.train()
+        for rows in np.array_split(order, max(1, len(order) // base.batch_size)):
+            found.append(model.descriptors(evaluation_view(pixels[rows], shown, device)))
+        for part, kept in zip(norms, before, strict=True):
+            part.load_state_dict(kept, strict=False)
         descriptors = [torch.cat(step) for step in zip(*found, strict=True)]
-        model.centre(descriptors)
+        model.eval().centre(descriptors)
         embeddings = [nn.functional.normalize(layer(x)) for layer, x in zip(model.embeddings, descriptors, strict=True)]
-    labels = torch.from_numpy(members).to(device)
+    labels = torch.from_numpy(members[order]).to(device)
     update = recipe.centres or LOSSES[recipe.loss].centres
     starts = [start_at(e, labels) for e in embeddings]
     return nn.ModuleList(Centres(start, update) if update else _NoCentres(start) for start in starts)
@@ -262,7 +285,13 @@ def _one_epoch(
     return total / seen
 
 
-def _found_again(embeddings: np.ndarray, members: np.ndarray, groups: list[str]) -> float:
-    """mAP@R of rows asked among themselves; NaN where none has a like in another group."""
-    found = per_query(embeddings, members, groups)
+def _refuse_diverged(model: nn.Module, loss: float, epoch: int, lr: float) -> None:
+    finite = np.isfinite(loss) and all(bool(t.isfinite().all()) for t in model.state_dict().values())
+    if not finite:
+        raise DataError(f"--task metric: the training diverged in epoch {epoch + 1} (loss {loss:g}); lower --lr {lr:g}")
+
+
+def _found_again(embeddings: np.ndarray, members: np.ndarray, groups: list[str], asked: int) -> float:
+    """mAP@R of the first `asked` rows among all; NaN where none has a like in another group."""
+    found = per_query(embeddings, members, groups, asked=np.arange(asked), deals=0)
     return float(found.scores[found.judged, -1].mean()) if found.judged.any() else float("nan")
