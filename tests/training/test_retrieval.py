@@ -97,7 +97,7 @@ def test_where_there_are_many_images_a_few_queries_speak_for_what_chance_finds(m
     whole = per_query(x, labels, group)
     monkeypatch.setattr("training.retrieval.CHANCE_CELLS", 30 * len(x) * 40)
     found = per_query(x, labels, group)
-    asked = ~np.isnan(found.chances).any(axis=1)
+    asked = np.asarray(~np.isnan(found.chances).any(axis=1))
     assert asked.sum() == 40 and asked[0] and asked[-1]
     np.testing.assert_array_equal(found.chances[asked], whole.chances[asked])
     np.testing.assert_array_equal(found.scores, whole.scores)
