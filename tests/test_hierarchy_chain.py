@@ -35,13 +35,15 @@ HIERARCHY: dict[str, Any] = {
 }
 
 
-def of_two_inputs(source: Path, target: Path) -> Path:
-    """A copy of a DATASET whose images are by turns of two inputs, each patient two cases."""
+def of_two_inputs(source: Path, target: Path, *, cases: bool = True) -> Path:
+    """A copy of a DATASET whose images are by turns of two inputs, each patient two cases; or without a word of cases,
+    so that each patient is one."""
     shutil.copytree(source, target)
     table = pq.read_table(target / "manifest.parquet")
     groups = table["group"].to_pylist()
     at = table.column_names.index("case")
-    table = table.set_column(at, "case", pa.array([f"{group}-{row // 2 % 2}" for row, group in enumerate(groups)]))
+    own = [f"{group}-{row // 2 % 2}" if cases else "" for row, group in enumerate(groups)]
+    table = table.set_column(at, "case", pa.array(own))
     table = table.append_column("modality", pa.array([INPUTS[row % 2] for row in range(len(groups))]))
     pq.write_table(table, target / "manifest.parquet")
     return target

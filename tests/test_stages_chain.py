@@ -15,6 +15,7 @@ from sklearn.metrics import balanced_accuracy_score
 from cluster.errors import UsageError
 from cluster.session import Resources
 from tests.runs import rayograph, weights_run
+from tests.test_hierarchy_chain import INPUTS, of_two_inputs
 from training import stages
 from training.artifact import read_card
 from training.configs import EvaluateConfig, IngestConfig, TransferConfig
@@ -92,6 +93,16 @@ def refused(config: TransferConfig, message: str) -> None:
 def test_a_stage_with_labels_of_the_target_s_images_is_refused(phantoms: Path, tmp_path: Path) -> None:
     chain = written(tmp_path, pool(phantoms), labelled(phantoms))
     refused(config(phantoms, tmp_path / "run", chain), "stage 'cric': trains on labels of 106 images of .* would leak")
+
+
+def test_a_target_of_several_inputs_is_laid_out_in_the_cases_that_they_are_joined_into(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    """Where no case was named it is the patient: that is no reason to refuse it, what the stage has seen is."""
+    data = of_two_inputs(phantoms, tmp_path / "data", cases=False)
+    chain = written(tmp_path / "chain", labelled(data))
+    inputs: dict[str, Any] = {"task": "hierarchical", "learner": "features", "inputs": INPUTS, "unit": "case"}
+    refused(config(data, tmp_path / "run", chain, **inputs), "stage 'cric': trains on labels of 106 images")
 
 
 def test_a_stage_with_labels_of_other_images_of_the_target_s_patients_is_refused(

@@ -30,7 +30,7 @@ from training.lineage import labelled_by
 from training.overlap import Overlap, groups_of, overlap
 from training.predictions import FILE, UNITS
 from training.pretrain import pretrain
-from training.protocol import Layout, laid_out
+from training.protocol import Layout, judged_rows, laid_out
 from training.report import Section
 from training.stages import SCRATCH, START, Stage
 from training.transfer import carry_out, transfer
@@ -120,7 +120,7 @@ class _Chain:
         data = [resolve_data(stage.config.data, out=config.out, images=config.images) for stage in read]
         networks = stages.architectures(read, [each.channels for each in data], device)
         target = resolve_data(config.data, out=config.out, images=config.images)
-        judged = target.select(config.where, labelled=True)
+        judged = judged_rows(config, target)
         layout = laid_out(config, judged)
         links: list[Planned] = []
         for stage, dataset, network in zip(read, data, networks, strict=True):
@@ -231,9 +231,10 @@ class _Chain:
 def _rows(stage: Stage, dataset: Dataset) -> Selection:
     """The rows that a stage trains on; of a labelled one, whose folds can be laid."""
     try:
-        selection = dataset.select(stage.config.where, labelled=stage.labelled)
-        if isinstance(stage.config, TransferConfig):
-            laid_out(stage.config, selection)
+        if not isinstance(stage.config, TransferConfig):
+            return dataset.select(stage.config.where)
+        selection = judged_rows(stage.config, dataset)
+        laid_out(stage.config, selection)
     except UsageError as error:
         raise UsageError(f"{stage.where}: {error}") from error
     return selection

@@ -8,9 +8,10 @@ from typing import Any
 
 from cluster.errors import UsageError, nearest
 from training.configs import TransferConfig
-from training.dataset import Selection, leaves, several_labels, truth_of
+from training.dataset import Dataset, Selection, leaves, several_labels, truth_of
 from training.fit import Labels
 from training.splits import Fold, cross_validation, hold_outs, leave_one_site_out
+from training.tasks.inputs import joined
 from training.units import Units, units_of
 
 
@@ -23,6 +24,16 @@ class Layout:
     units: Units
     folds: list[Fold]
     """With all training groups, whatever share of them is fitted."""
+
+
+def judged_rows(config: TransferConfig, dataset: Dataset) -> Selection:
+    """The labelled rows of a transfer; with `--inputs` those of them, joined into cases.
+
+    Raises:
+        UsageError: none is left, or no column tells the inputs.
+    """
+    labelled = dataset.select(config.where, labelled=True)
+    return Selection(joined(labelled.table, config.inputs, config.input_column))
 
 
 def laid_out(config: TransferConfig, selection: Selection) -> Layout:

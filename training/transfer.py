@@ -34,13 +34,13 @@ from training.mistakes import mistakes_section
 from training.model_card import README, model_card
 from training.overlap import groups_of
 from training.predictions import write_predictions, write_units
-from training.protocol import laid_out, protocol_of
+from training.protocol import judged_rows, laid_out, protocol_of
 from training.results import figures_of
 from training.sheets import sheet_section
 from training.splits import budget
 from training.subgroups import columns_of
 from training.tasks import pooling
-from training.tasks.inputs import column_of, joined
+from training.tasks.inputs import column_of
 from training.transfer_report import Facts, trained_of, write_transfer_report
 from training.units import fold_of_units
 
@@ -77,8 +77,7 @@ class Chain(Protocol):
 def carry_out(config: TransferConfig, out: OutDir, chain: Chain | None = None) -> dict[str, Any]:
     """`out` holds the finished RUN of `config`, which may itself name another `out`; returns its summary."""
     dataset = resolve_data(config.data, out=config.out, images=config.images)
-    labelled = dataset.select(config.where, labelled=True)
-    selection = Selection(joined(labelled.table, config.inputs, config.input_column))
+    selection = judged_rows(config, dataset)
     refuse_taught(config.init, dataset, selection)
     study = _Study(config, dataset, selection, out, chain)
     started = time.monotonic()
