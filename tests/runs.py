@@ -16,11 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training.artifact import ModelCard, save_model
 from training.configs import PretrainConfig
-from training.encoder import Architecture
-from training.images import ImagePath
-from training.transform import Input
 
 ROOT = Path(__file__).parents[1]
 START_S = 180
@@ -54,6 +50,12 @@ def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
 
 def weights_run(run: Path, *, seen: Iterable[str] = (), labelled: Iterable[str] = ()) -> Path:
     """A RUN that trained nothing but says whose images, and whose labels, its weights have seen."""
+    # not above: processes that must not load torch import this module for its other functions
+    from training.artifact import ModelCard, save_model
+    from training.encoder import Architecture
+    from training.images import ImagePath
+    from training.transform import Input
+
     card = ModelCard(
         Architecture("test_vit", 32, 32, 3, 16), ImagePath(32, 32), Input(32, 32, 3, (0.5,) * 3, (0.5,) * 3)
     )
