@@ -155,7 +155,9 @@ def tail_share(groups: int) -> float:
 
 def interval_words(groups: int) -> str:
     """How the intervals of metrics over so many groups are made, for a reader."""
-    low = 100 * tail_share(groups) if groups > 1 else TAILS[0]
+    if groups < 2:
+        return "No intervals: a bootstrap over groups needs more than one."
+    low = 100 * tail_share(groups)
     return (
         "95 % intervals by a percentile bootstrap over groups, fits held fixed. Few groups would give intervals that "
         "are too narrow, so percentiles further out are taken, where a normal distribution has the width of Student's "

@@ -26,6 +26,8 @@ RESERVED = frozenset(
 """Columns of prediction files: no class may be called so."""
 ROW_GROUP = 64
 """Rows per Parquet row group: the unit that is read."""
+UNGROUPED = "image:"
+"""How the group of an image begins that was given none: the same name in another DATASET means nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Selection:
             (str(shards[part[0]]), int(rows[part[0]] // ROW_GROUP), rows[part] % ROW_GROUP, part)
             for part in np.split(order, np.flatnonzero(change) + 1)
         ]
+
+
+def own_group(group: str | None, image: object) -> str:
+    """The group that an image was given, else one that it has for itself."""
+    return group or f"{UNGROUPED}{image}"
 
 
 def filter_rows(table: pa.Table, where: Sequence[str]) -> pa.Table:

@@ -17,7 +17,7 @@ from training.dataset import Dataset, Selection
 from training.judgement import Judged, guessing
 from training.limits import UNSEEN, Known, limits_of, sites_in
 from training.model_card import first_weights
-from training.novelty import Known as Seen
+from training.novelty import Seen
 from training.results import answer_of, class_counts, question_of
 from training.subgroups import ByColumn
 
@@ -136,7 +136,7 @@ def _about_origin(card: ModelCard) -> dict[str, str]:
     made = f"By rayograph {lineage['verb']}, task {lineage.get('task', 'unknown')}, on" if "verb" in lineage else "On"
     return {
         "initial": f"{first_weights(str(initial['init']))}{digest}." if "init" in initial else "",
-        "training": f"{made} {lineage.get('images', 'unknown'):,} labelled images of data set version "
+        "training": f"{made} {lineage['images']:,} labelled images of data set version "
         f"{lineage.get('dataset', 'unknown')}; its own report tells how."
         if isinstance(lineage.get("images"), int)
         else "",

@@ -28,7 +28,7 @@ from training.said import said_of
 from training.tasks.inputs import joined
 from training.units import Units, pooled, units_of
 
-NOTHING = novelty.Known(0, 0, 0, "", 0)
+NOTHING = novelty.Seen(0, 0, 0, "", 0)
 _OF_UNITS = ("unit", "pooling", "units", "units_left_out")
 _LEAK = (
     "Split by image: pictures of one patient stand on both sides, so the figures of all models are too good, and the "
@@ -49,7 +49,7 @@ class Evidence:
     """Probabilities [M, K] of the models that it is compared with."""
     protocol: dict[str, Any]
     images: int
-    known: novelty.Known
+    known: novelty.Seen
     words: str
     """The protocol, in sentences."""
     before: list[report.Section]

@@ -95,13 +95,14 @@ class Fitting:
     out: OutDir
     device: str
     workers: int
-    """Fits at a time."""
+    """Fits at a time, where there are so many."""
 
     def __post_init__(self) -> None:
         self.wanted = wanted_for(self.config, self.dataset, self.device)
         self.initial = initial_weights(self.wanted)
         self.described = chosen(self.config.features, self.config.layers, self.initial.network)
         self.pixels = self.dataset.pixels(self.selection)
+        self.workers = min(self.workers, len(self.folds))
 
     def run(self) -> Trained:
         """The config's task."""

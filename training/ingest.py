@@ -21,7 +21,7 @@ from cluster.progress import progress, say
 from cluster.session import cores, session
 from training import copies
 from training.configs import IngestConfig, parse_size
-from training.dataset import FORMAT, ROW_GROUP, Dataset, is_dataset
+from training.dataset import FORMAT, ROW_GROUP, Dataset, is_dataset, own_group
 from training.device import accelerator
 from training.images import ImagePath, UnreadableImage, content, decode_array, decode_bytes, grey64
 from training.ingest_report import Found, Ingested, pair_table, pictures_of, write_copies, write_ingest_report
@@ -183,7 +183,7 @@ def _write(config: IngestConfig, path: ImagePath, listing: Listing, results: pa.
         raise DataError(f"{config.source}: no image could be read; the first: {paths[0]}: {reason[0]}")
     given = listing.rows["group"].to_pylist()
     ids = listing.image_ids()
-    groups = [g or f"image:{i}" for g, i in zip(given, ids, strict=True)]
+    groups = [own_group(g, i) for g, i in zip(given, ids, strict=True)]
     found = _copy_pairs(results, sha, ok)
     labels_given = listing.rows["label"].to_pylist()
     labels, conflicts = _agree_labels(labels_given, found.merged, paths)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from training import figures, report
 from training.copies import CORRELATION, LOOK, TURNS, Near
-from training.dataset import Dataset, Selection
+from training.dataset import UNGROUPED, Dataset, Selection, own_group
 from training.images import content
 
 SHOWN, LOOKS_SHOWN = 24, 12
@@ -67,7 +67,7 @@ def pair_table(found: Found, ids: list[str], rows: pa.Table, labels: list[str], 
     kept = near.take(np.concatenate([np.flatnonzero(near.copies), looks]))
     pairs = np.concatenate([found.same, kept.rows])
     given, paths = rows["group"].to_pylist(), rows["path"].to_pylist()
-    own = [group or f"image:{at}" for at, group in zip(ids, given, strict=True)]
+    own = [own_group(group, at) for at, group in zip(ids, given, strict=True)]
     columns: dict[str, Any] = {"row_a": pairs[:, 0], "row_b": pairs[:, 1]}
     for name, values in (("image_id", ids), ("path", paths), ("group", given), ("label", labels)):
         columns |= {f"{name}_{side}": [values[at] for at in pairs[:, k]] for k, side in enumerate("ab")}
@@ -186,7 +186,7 @@ def _group_section(told: Ingested, names: bool) -> report.Section:
         report.Text(
             f"A group (patient, slide, …) is what no split takes apart. {given:,} were given; with the images that "
             f"have none, each its own, and after copies were put together, there are {counts['groups']:,}. The largest"
-            + (f", {largest}," if names and not largest.startswith("image:") else "")
+            + (f", {largest}," if names and not largest.startswith(UNGROUPED) else "")
             + f" holds {size:,} images ({size / counts['ok']:.1%})."
         )
     ]

@@ -14,9 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from cluster import storage
-from training.dataset import Selection
+from training.dataset import UNGROUPED, Selection
 from training.nearby import CARD, nearby
-from training.overlap import OWN
 
 SEEN = "seen.safetensors"
 _BYTES = 16
@@ -35,7 +34,7 @@ def short_digests(selection: Selection) -> list[str]:
 
 def group_digests(groups: Iterable[str]) -> dict[str, str]:
     """Shortened sha256 of the name of each group that was given one."""
-    names = {group for group in groups if group and not group.startswith(OWN)}
+    names = {group for group in groups if group and not group.startswith(UNGROUPED)}
     return {name: hashlib.sha256(name.encode()).hexdigest()[: 2 * _BYTES] for name in names}
 
 

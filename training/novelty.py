@@ -21,7 +21,7 @@ from training.overlap import groups_of
 
 
 @dataclass(frozen=True)
-class Known:
+class Seen:
     """What of the judged rows was seen in training or pretraining, with labels or without.
 
     `images` were seen themselves; `relatives` are further ones of the `groups`, such as group `example`, of which an
@@ -46,7 +46,7 @@ class Known:
         return " and ".join(part for part, count in ((own, self.images), (others, self.relatives)) if count)
 
 
-def known_of(selection: Selection, manifest: pa.Table, seen: Collection[str], names: Collection[str]) -> Known:
+def known_of(selection: Selection, manifest: pa.Table, seen: Collection[str], names: Collection[str]) -> Seen:
     """What of a selection of a DATASET was seen.
 
     Args:
@@ -59,12 +59,12 @@ def known_of(selection: Selection, manifest: pa.Table, seen: Collection[str], na
     relatives = sum(group in known and not own for group, own in zip(groups, images, strict=True))
     digests = group_digests(groups)
     namesakes = {group for group, digest in digests.items() if digest in names} - known
-    return Known(sum(images), relatives, len(known), min(known, default=""), len(namesakes))
+    return Seen(sum(images), relatives, len(known), min(known, default=""), len(namesakes))
 
 
 def require_new(
     data: str, selection: Selection, manifest: pa.Table, runs: Sequence[str], *, allow_seen: bool = False
-) -> Known:
+) -> Seen:
     """What any of the models of `runs` has seen of the rows of the DATASET `data`; of namesakes a warning is said.
 
     Raises:
@@ -84,7 +84,7 @@ def require_new(
     return whole
 
 
-def blocks(known: Known) -> list[report.Block]:
+def blocks(known: Seen) -> list[report.Block]:
     """What a report says of it; nothing where nothing was seen."""
     found: list[report.Block] = []
     if known.any:
@@ -100,7 +100,7 @@ _NAMESAKES = (
 )
 
 
-def _seen_by(run: str, known: Known, images: int) -> str:
+def _seen_by(run: str, known: Seen, images: int) -> str:
     said = f"{known.images:,} of {images:,} images were seen in the (pre)training of {run}"
     if not known.relatives:
         return said

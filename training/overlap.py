@@ -10,10 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from training.dataset import Dataset, Selection
-
-OWN = "image:"
-"""How ingest begins the group of an image that was given none: the same name elsewhere means nothing."""
+from training.dataset import UNGROUPED, Dataset, Selection
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def overlap_between(
     linked = _groups_with({s for s, _ in own}, stage_manifest) & their_groups
     twins = {s for s, g in _pairs(stage_manifest) if g in linked}
     shared |= {g for s, g in own if s in twins}
-    named = {g for g in own_groups & their_groups if not g.startswith(OWN)}
+    named = {g for g in own_groups & their_groups if not g.startswith(UNGROUPED)}
     if same:
         shared |= own_groups & their_groups
     images = sum(s in their_images for s, _ in own)

@@ -15,7 +15,7 @@ from torch import nn
 from cluster.errors import UsageError
 from training import keyed
 from training.artifact import features_of
-from training.dataset import Dataset, Selection
+from training.dataset import Dataset, Selection, own_group
 from training.metrics import balanced_accuracy, confusion
 from training.splits import Fold, cross_validation
 from training.tasks.frozen import logistic
@@ -111,7 +111,7 @@ def _outside(dataset: Dataset, pool: Selection) -> Selection:
 
 def _groups(selection: Selection) -> list[str]:
     pairs = zip(selection.column("group"), selection.column("image_id"), strict=True)
-    return [group or f"image:{image}" for group, image in pairs]
+    return [own_group(group, image) for group, image in pairs]
 
 
 def _choose(selection: Selection, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ CELLS = 4_000_000
 """Largest queries x images array held at once."""
 DEALS = 30
 """Labellings drawn for what would be found by chance."""
-CHANCE_CELLS = 500_000_000
+CHANCE_CELLS = 150_000_000
 """Queries x images x labellings that are looked at for it, at most: else evenly spread queries speak for all."""
 
 

@@ -19,7 +19,7 @@ from cluster.session import cores, session
 from training import choose
 from training.artifact import Model, ModelCard, card_sha256, load_model, read_card, refuse_changed, run_name
 from training.configs import InferenceConfig, SuggestConfig
-from training.dataset import Dataset, Selection
+from training.dataset import Dataset, Selection, own_group
 from training.domain import look_of
 from training.doubt import doubts, neighbour_probabilities
 from training.images import to_channels
@@ -127,7 +127,7 @@ def sort_out(dataset: Dataset, selection: Selection) -> Rows:
     """The rows of `selection` by what is known of them; an image without a group is its own."""
     labels = np.asarray(selection.column("label"), dtype=object).astype(str)
     pairs = zip(selection.column("group"), selection.column("image_id"), strict=True)
-    groups = np.asarray([group or f"image:{image}" for group, image in pairs], dtype=object).astype(str)
+    groups = np.asarray([own_group(group, image) for group, image in pairs], dtype=object).astype(str)
     conflicts = {path for paths in dataset.info.get("conflicting_copies", []) for path in paths}
     conflicting = np.asarray([path in conflicts for path in selection.column("path")], dtype=bool)
     without = labels == ""

@@ -138,7 +138,7 @@ class _Study:
             self.kept,
             self.out,
             device,
-            min(workers, len(self.folds)),
+            workers,
         )
         self.initial, self.pixels = fitting.initial, fitting.pixels
         trained = fitting.run()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from training.bootstrap import Units, all_alike, group_weights, tail_share
+from training.bootstrap import Units, all_alike, group_weights, interval_words, tail_share
 from training.metrics import summarise
 
 
@@ -135,3 +135,8 @@ def test_inputs_that_cannot_be_right_are_refused(change: dict[str, Any], message
     data: dict[str, Any] = {"group": ["a", "b"], "fold": [0, 0], "repeat": [0, 0]}
     with pytest.raises(ValueError, match=message):
         Units.of(**data | change)
+
+
+def test_how_intervals_were_made_is_told_with_the_percentiles_that_were_taken() -> None:
+    assert f"with 40 groups {100 * tail_share(40):.2f} and {100 - 100 * tail_share(40):.2f}" in interval_words(40)
+    assert interval_words(1).startswith("No intervals")

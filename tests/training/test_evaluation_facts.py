@@ -17,11 +17,11 @@ from training.encoder import Architecture
 from training.evaluation_facts import Facts, asked_section, checklist_facts, closing_sections
 from training.images import ImagePath
 from training.judgement import Judged
-from training.novelty import Known
+from training.novelty import Seen
 from training.transform import Input
 
 CLASSES = ["benign", "malign"]
-NEW = Known(0, 0, 0, "", 0)
+NEW = Seen(0, 0, 0, "", 0)
 
 
 def facts_of(**changes: Any) -> Facts:
@@ -84,7 +84,7 @@ def test_a_part_of_the_training_s_own_data_set_is_internal_and_a_limit() -> None
 
 
 def test_what_was_seen_is_neither_and_is_said_where_the_answer_stands() -> None:
-    facts = facts_of(seen=Known(4, 2, 3, "x", 0))
+    facts = facts_of(seen=Seen(4, 2, 3, "x", 0))
     known = checklist_facts(facts)
     assert "external" not in known and "internal" not in known
     assert known["disjoint"].startswith("Not disjoint") and "4 of these images and 2 others" in known["disjoint"]
@@ -94,7 +94,7 @@ def test_what_was_seen_is_neither_and_is_said_where_the_answer_stands() -> None:
 
 
 def test_namesakes_are_a_limit_and_stand_beside_the_claim_to_be_disjoint() -> None:
-    facts = facts_of(seen=Known(0, 0, 0, "", 7))
+    facts = facts_of(seen=Seen(0, 0, 0, "", 7))
     assert "7 groups share a name with one of the training" in checklist_facts(facts)["disjoint"]
     assert any(limit.startswith("7 judged groups are called as") for limit in facts.limits)
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import UsageError
+from cluster.session import cores
 from tests.runs import weights_run
 from training.configs import TransferConfig
 from training.dataset import Dataset, Selection
@@ -109,6 +110,16 @@ def in_process(
 ) -> Iterator[Any]:
     """`run_folds` without Ray."""
     yield from (fit(*shared, *own) for own in each)
+
+
+def test_a_single_fit_has_all_cores_however_many_fits_there_might_be_at_a_time(
+    first: Fitting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("training.fitting.run_folds", in_process)
+    alone = replace(first, workers=8)
+    alone.run()
+    assert "1 fits, split by group, 1 at a time" in capsys.readouterr().err
+    assert alone.recipe(alone.workers).threads == cores()
 
 
 def test_fits_of_small_networks_are_known_by_what_no_flag_says_of_them(

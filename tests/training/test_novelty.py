@@ -12,7 +12,7 @@ from cluster.errors import UsageError
 from training import report
 from training.dataset import Selection
 from training.lineage import SEEN, dump, named_by, own_groups, own_images
-from training.novelty import Known, blocks, known_of, require_new
+from training.novelty import Seen, blocks, known_of, require_new
 
 
 def digest_of(image: str) -> str:
@@ -47,7 +47,7 @@ def test_new_images_of_patients_of_the_training_are_refused_and_counted_where_th
     )
     assert len(said) == 2 and "--allow-seen" in said[1]
     found = require_new("DATA", judged, MANIFEST, [run], allow_seen=True)
-    assert found == Known(images=1, relatives=1, groups=2, example="ann", namesakes=0)
+    assert found == Seen(images=1, relatives=1, groups=2, example="ann", namesakes=0)
     (warning,) = blocks(found)
     assert isinstance(warning, report.Warning)
     assert "1 of these images and 1 others of groups (patients, slides) of which an image was seen" in warning.text
@@ -83,11 +83,11 @@ def test_a_model_of_older_code_keeps_no_names_so_nothing_is_said_of_them(
 ) -> None:
     run = run_of(tmp_path / "run", rows("x ann"), named=False)
     assert named_by(run) == named_by("imagenet") == frozenset()
-    assert require_new("DATA", Selection(MANIFEST), MANIFEST, [run]) == Known(0, 0, 0, "", 0)
-    assert not capsys.readouterr().err and blocks(Known(0, 0, 0, "", 0)) == []
+    assert require_new("DATA", Selection(MANIFEST), MANIFEST, [run]) == Seen(0, 0, 0, "", 0)
+    assert not capsys.readouterr().err and blocks(Seen(0, 0, 0, "", 0)) == []
 
 
 def test_a_group_that_is_known_by_its_images_is_no_namesake_as_well() -> None:
     judged = Selection(MANIFEST)
     names = own_groups(Selection(rows("a ann", "x bob")))
-    assert known_of(judged, MANIFEST, {digest_of("a")[:32]}, names) == Known(1, 1, 1, "ann", 1)
+    assert known_of(judged, MANIFEST, {digest_of("a")[:32]}, names) == Seen(1, 1, 1, "ann", 1)

@@ -182,7 +182,7 @@ class JointObjective:
                 )
                 shares = shares + own[target].sum()
             total = total + weight * summed / shares.clamp(min=1e-12)
-            reached = reached or weight * float(shares) > 0
+            reached = reached or (self.judges and weight * float(shares) > 0)  # asked of the device only to judge
         return total if reached or not self.judges else torch.full_like(total, torch.nan)
 
     def plain(self) -> JointObjective:
