@@ -5,14 +5,12 @@ What calibrates a fold is fitted on predictions of that fold's training side alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from sklearn.isotonic import IsotonicRegression
 
 SMALLEST, LARGEST = 0.05, 20.0
 """Range of temperatures; predictions without a single error would otherwise ask for 0."""
@@ -58,11 +56,23 @@ def fit_temperature(log_probabilities: ArrayLike, truth: ArrayLike) -> float:
     if z.ndim != 2 or index.shape != (len(z),) or not len(z):
         raise ValueError(f"scores {z.shape} and truth {index.shape}: must be [M,C] and [M] with M at least 1")
 
-    def loss(log_t: float) -> float:
-        return -float(log_softmax(z / np.exp(log_t), axis=1)[rows, index].mean())
+    def loss(temperature: float) -> float:
+        return -float(log_softmax(z / temperature, axis=1)[rows, index].mean())
 
-    bounds = (np.log(SMALLEST), np.log(LARGEST))
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    return best_temperature(loss)
+
+
+def best_temperature(loss: Callable[[float], float]) -> float:
+    """The temperature in [0.05, 20] of the smallest loss, to a millionth of itself; `loss` has one minimum in 1/T."""
+    from scipy.optimize import minimize_scalar  # slow to load, and whoever reads an artifact loads this module
+
+    found = minimize_scalar(
+        lambda log_t: loss(np.exp(log_t)),
+        bounds=(np.log(SMALLEST), np.log(LARGEST)),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return float(np.exp(found.x))
 
 
 def apply_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
@@ -87,6 +97,8 @@ def fit_isotonic(probabilities: ArrayLike, truth: ArrayLike) -> Isotonic:
     Source: Zadrozny & Elkan, "Transforming Classifier Scores into Accurate Multiclass Probability Estimates", 2002.
     It needs more rows than a temperature: with few it learns their noise.
     """
+    from sklearn.isotonic import IsotonicRegression  # slow to load, as above
+
     p, t = _checked(probabilities, truth)
     maps = []
     for c in range(p.shape[1]):

@@ -22,7 +22,8 @@ from cluster.errors import LockedError, RayographError, StoppedError
 from cluster.progress import Bar, progress, say
 from training.desk import Desk, Place, born
 from training.line import ROWS
-from training.loop import Job, train
+from training.loop import Job
+from training.worker import enter
 
 FAILURES = 8
 """Ends of a group that one of Ray's controllers mends before it gives up; then, if the run got on, a new one starts."""
@@ -197,6 +198,7 @@ def aside(out: Path) -> Path:
 
 
 def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -206,8 +208,9 @@ def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
     ours = aside(out)
     shutil.rmtree(ours, ignore_errors=True)
     return TorchTrainer(
-        train,
-        train_loop_config={"job": job, "desk": desk, "code": this_code()},
+        enter,
+        # a reference, for Ray Train's controller unpickles what stands here, and would load torch for a job
+        train_loop_config={"job": ray.put(job), "desk": desk, "code": this_code()},
         torch_config=TorchConfig(backend="nccl" if team.device == "cuda" else "gloo", timeout_s=300),
         scaling_config=scaling(
             num_workers=(team.least, team.most) if team.elastic else team.most,

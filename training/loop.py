@@ -119,10 +119,14 @@ class EndedError(RayographError):
 
 
 def train(values: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`. A deliberate error is told to the desk, which refuses to start again."""
-    job: Job = values["job"]
+    """What `worker.enter` runs. A deliberate error is told to the desk, which refuses to start again.
+
+    Args:
+        values: `job`, a reference to the Job; `desk`, the name of the desk; `code`, the driver's (`this_code`).
+    """
     import ray.train.torch
 
+    job: Job = ray.get(values["job"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     with contextlib.closing(Line(values["desk"], rank)) as line:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Final, Literal
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit, logit
 
-from training.calibration import FLOOR, LARGEST, SMALLEST, apply_temperature, fit_temperature
+from training.calibration import FLOOR, apply_temperature, best_temperature, fit_temperature
 
 Activation = Literal["softmax", "sigmoid"]
 HALF = 0.5
@@ -50,11 +49,7 @@ def _label_temperature(raw: np.ndarray, truth: np.ndarray) -> float:
         raise ValueError(f"probabilities {raw.shape} and labels {truth.shape}: must be alike, with a row at least")
     signed = np.where(truth, 1.0, -1.0) * _logits(raw)
 
-    def loss(log_t: float) -> float:
-        return -float(log_expit(signed / np.exp(log_t)).mean())
-
-    bounds = (np.log(SMALLEST), np.log(LARGEST))
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    return best_temperature(lambda temperature: -float(log_expit(signed / temperature).mean()))
 
 
 def _logits(raw: np.ndarray) -> np.ndarray:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from training.calibration import LARGEST, SMALLEST
+from training.calibration import best_temperature
 from training.tasks.objective import class_weights
 
 
@@ -135,12 +134,7 @@ def node_temperature(logits: np.ndarray, answers: np.ndarray) -> float:
     z, count, width = np.asarray(logits, dtype=np.float64), len(answers), logits.shape[1]
     target = np.full(z.shape, 1 / (count + width))
     target[np.arange(count), answers] = (count + 1) / (count + width)
-
-    def loss(log_t: float) -> float:
-        return -float((target * log_softmax(z / np.exp(log_t), axis=1)).sum())
-
-    bounds = (np.log(SMALLEST), np.log(LARGEST))
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    return best_temperature(lambda temperature: -float((target * log_softmax(z / temperature, axis=1)).sum()))
 
 
 def answered(logits: np.ndarray, temperature: float) -> np.ndarray:
