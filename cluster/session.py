@@ -92,6 +92,38 @@ def _quiet(log: Path | None) -> list[tuple[logging.Logger, logging.Handler]]:
 
 
 @contextlib.contextmanager
+def _own_terminal(log: Path | None) -> Iterator[None]:
+    """What Ray's C++ writes to file descriptor 2 goes to `log` inside the block; `sys.stderr` keeps the terminal.
+
+    Each process of Ray's logs errors there beside its own files, whatever its level, and so tells of actors whose
+    arguments lie in the object store, which those of Ray Data always do (ray 2.60).
+    """
+    ours = sys.stderr
+    try:
+        is_ours = ours.fileno() == 2
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        is_ours = False
+    if not is_ours:  # somebody else, such as a notebook or pytest, decides what comes of it
+        yield
+        return
+    ours.flush()
+    terminal = os.dup(2)
+    there = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(there, 2)
+    os.close(there)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1, encoding=ours.encoding, errors=ours.errors)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        sys.stderr.close()
+        sys.stderr = ours
+        if log is not None and log.is_file() and not log.stat().st_size:
+            log.unlink()
+
+
+@contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """What Ray says of other nodes goes to its log inside the block; `log_to_driver` does not keep it from stdout."""
     from ray._private import worker
@@ -143,20 +175,22 @@ def session(*, cpus: int = 0, log: Path | None = None) -> Iterator[Resources]:
     undo = _quiet(log)
     folder: str | None = None
     try:
-        with _silent():
-            if in_cluster():
-                _join()
-            else:
-                folder = _start_local(max(cpus, cores()))
-            import ray.data  # sets up loggers of its own, as ray.init does: silence them after both
-
-            undo += _quiet(log)
-            with _stoppable():
+        with _own_terminal(log), _silent():
+            try:
                 if in_cluster():
-                    check_code()
-                yield resources()
+                    _join()
+                else:
+                    folder = _start_local(max(cpus, cores()))
+                import ray.data  # sets up loggers of its own, as ray.init does: silence them after both
+
+                undo += _quiet(log)
+                with _stoppable():
+                    if in_cluster():
+                        check_code()
+                    yield resources()
+            finally:
+                ray.shutdown()
     finally:
-        ray.shutdown()
         for logger, handler in undo:
             handler.close()
             logger.handlers = []

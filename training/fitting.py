@@ -18,7 +18,7 @@ from torch import nn
 from cluster import storage
 from cluster.errors import UsageError
 from cluster.outdir import OutDir
-from cluster.progress import progress, say
+from cluster.progress import counted, progress, say
 from cluster.session import cores
 from training.artifact import HEAD, HIERARCHY
 from training.configs import TransferConfig
@@ -112,13 +112,15 @@ class Fitting:
     def _announce(self) -> None:
         config, network = self.config, self.initial.architecture
         say(
-            f"{config.task}: {len(self.selection):,} labelled images, {len(set(self.labels.groups)):,} groups, "
-            f"{len(self.classes)} classes; {len(self.folds)} fits, split by {config.split}, {self.workers} at a time"
+            f"{config.task}: {counted(len(self.selection), 'labelled image')}, "
+            f"{counted(len(set(self.labels.groups)), 'group')}, {len(self.classes)} classes; "
+            f"{counted(len(self.folds), 'fit')}, split by {config.split}, {self.workers} at a time"
         )
         digest = self.initial.provenance.get("sha256", "")
         say(
             f"initial weights: {config.init}{f' (sha256 {digest})' if digest else ''}; "
-            f"{network.name} at {network.height}x{network.width}, {network.channels} channels, on {self.device}"
+            f"{network.name} at {network.height}x{network.width}, "
+            f"{counted(network.channels, 'channel')}, on {self.device}"
         )
 
     def recipe(self, workers: int) -> Recipe:
@@ -240,7 +242,7 @@ def finetune(fitting: Fitting) -> Trained:
     """The whole network is trained; the refit takes the median best epoch of the folds."""
     results = fitting.each_fold(finetune_fold, fitting.recipe(fitting.workers), fitting.pixels, fitting.labels)
     best = fitting.median_epoch(results)
-    say(f"refitting on {len(fitting.kept):,} images for {best} epochs, the median of the folds")
+    say(f"refitting on {counted(len(fitting.kept), 'image')} for {counted(best, 'epoch')}, the median of the folds")
     alone = (fitting.recipe(1), fitting.pixels, fitting.labels, fitting.kept, best)
     state, features = fitting.alone(refit_network, *alone)
     network = fitting.initial.architecture.build(len(fitting.classes))
@@ -254,7 +256,7 @@ def metric(fitting: Fitting) -> Trained:
     shared = (fitting.pixels, fitting.labels)
     results = fitting.each_fold(metric_fold, metric_recipe(config, fitting.recipe(fitting.workers)), *shared)
     best = fitting.median_epoch(results)
-    say(f"refitting on {len(fitting.kept):,} images for {best} epochs, the median of the folds")
+    say(f"refitting on {counted(len(fitting.kept), 'image')} for {counted(best, 'epoch')}, the median of the folds")
     alone = (metric_recipe(config, fitting.recipe(1)), *shared, fitting.kept, best)
     state, content, features = fitting.alone(refit_metric, *alone)
     network = fitting.initial.architecture.build(0)
@@ -310,7 +312,7 @@ def hierarchical(fitting: Fitting) -> Trained:
     more = {"small_networks": settled()} if config.learner == "features" else {}
     results = fitting.each_fold(hierarchical_fold, _ground(fitting, fitting.workers), more=more)
     epochs = np.rint(fitting.median_of("epochs", results, otherwise=0)).astype(np.int64)  # 0: the learner decides
-    say(f"refitting on {len(fitting.kept):,} images for {_listed(epochs)} epochs, the medians of the folds")
+    say(f"refitting on {counted(len(fitting.kept), 'image')} for the median epochs of the folds: {_listed(epochs)}")
     alone = (_ground(fitting, 1), fitting.kept, epochs, fitting.median_of("temperatures", results, otherwise=1))
     content, weights, features = fitting.alone(refit_hierarchy, *alone)
     network = fitting.initial.network

@@ -16,7 +16,7 @@ from cluster import parts, storage
 from cluster.errors import RayographError, UsageError
 from cluster.nodes import unseen_by
 from cluster.outdir import OutDir
-from cluster.progress import say
+from cluster.progress import counted, say
 from cluster.session import Resources, cores, in_cluster, session
 from training import checkpoint, figures, keyed, receipt, speed
 from training.artifact import ModelCard, save_model
@@ -153,9 +153,10 @@ def _announce(job: Job, learner: Learner, workers: str, images: int) -> None:
     source = learner.provenance.get("sha256", "")
     patch = f"patch {network.patch}, " if network.patch else ""
     say(
-        f"{job.config.method}: {network.name} at {network.height}x{network.width}, {patch}{network.channels} channels, "
-        f"on {job.wanted.device} with {workers} workers, {job.precision}; "
-        f"{images:,} images, {job.config.epochs} epochs of {job.source.plan.batches} steps"
+        f"{job.config.method}: {network.name} at {network.height}x{network.width}, {patch}"
+        f"{counted(network.channels, 'channel')}, on {job.wanted.device} with {workers} workers, {job.precision}; "
+        f"{counted(images, 'image')}, {counted(job.config.epochs, 'epoch')} of "
+        f"{counted(job.source.plan.batches, 'step')}"
     )
     say(f"initial weights: {job.wanted.init}{f' (sha256 {source})' if source else ''}")
     if job.teacher and learner.teacher:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from cluster.progress import counted
 from training import report, subgroups
 from training.answers import about_data, about_network, about_results, spread_of_folds
 from training.artifact import HEAD, WEIGHTS, ModelCard
@@ -258,7 +259,7 @@ def _done(facts: Facts) -> str:
 def _model(facts: Facts) -> list[report.Block]:
     card, network = facts.card, facts.card.architecture
     own, head = card.head == "network", _HEADS.get(card.head, "")
-    fitted = f" for {facts.best_epoch} epochs, the median of the folds" if facts.best_epoch else ""
+    fitted = f" for {counted(facts.best_epoch, 'epoch')}, the median of the folds" if facts.best_epoch else ""
     return [
         report.Text(
             f"{_done(facts)} The network is {network.name} at {network.height} x "
@@ -303,7 +304,7 @@ def _about_training(facts: Facts) -> dict[str, str]:
         "training": f"{_done(facts)} {TUNED.get(config.task) or _recipe(config)} "
         f"Seed {config.seed}; {facts.fits} models for the judgement and the final one.",
         "selection": f"{CHOSEN[facts.searched]} The final model was fitted again on all labelled images"
-        + (f" for {facts.best_epoch} epochs, the median of the folds." if facts.best_epoch else "."),
+        + (f" for {counted(facts.best_epoch, 'epoch')}, the median of the folds." if facts.best_epoch else "."),
         "ensembles": "None: one model answers."
         if config.features != "fused"
         else "Two classifiers answer, of the network's numbers and of measures of the main object; the mean counts.",

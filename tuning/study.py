@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from cluster import storage
 from cluster.errors import RayographError
 from cluster.outdir import OutDir
-from cluster.progress import Bar, progress, say
+from cluster.progress import Bar, counted, progress, say
 from cluster.session import cores, session
 from training import metrics
 from training.artifact import features_of
@@ -228,7 +228,8 @@ class Search:
     def _announce(self, workers: int) -> None:
         said = self._protocol()
         say(
-            f"{self.config.study}: up to {self.config.trials} trials of {self.config.epochs} epochs, {workers} at a "
+            f"{self.config.study}: up to {counted(self.config.trials, 'trial')} of "
+            f"{counted(self.config.epochs, 'epoch')}, {workers} at a "
             f"time, over {', '.join(self.space)}"
         )
         say(

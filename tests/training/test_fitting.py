@@ -118,7 +118,7 @@ def test_a_single_fit_has_all_cores_however_many_fits_there_might_be_at_a_time(
     monkeypatch.setattr("training.fitting.run_folds", in_process)
     alone = replace(first, workers=8)
     alone.run()
-    assert "1 fits, split by group, 1 at a time" in capsys.readouterr().err
+    assert "; 1 fit, split by group, 1 at a time" in capsys.readouterr().err
     assert alone.recipe(alone.workers).threads == cores()
 
 
