@@ -289,11 +289,9 @@ def test_a_run_stopped_three_times_goes_on_to_the_losses_of_one_that_was_not(
 def test_a_method_with_a_teacher_and_a_centre_goes_on_after_a_kill_as_if_nothing_had_been(
     phantoms: Path, tmp_path: Path
 ) -> None:
-    """And one worker has the losses of two, which takes centres over the whole batch."""
     options = {"method": "dino", "prototypes": 64, "head_width": 32, "local_crops": 2}
-    whole, killed, alone = (
-        pretrain_config(phantoms, tmp_path / name, epochs=6, probe=False, workers=workers, **options)
-        for name, workers in (("whole", "2"), ("killed", "2"), ("alone", "1"))
+    whole, killed = (
+        pretrain_config(phantoms, tmp_path / name, epochs=6, probe=False, **options) for name in ("whole", "killed")
     )
     pretrain(whole)
     given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -308,5 +306,3 @@ def test_a_method_with_a_teacher_and_a_centre_goes_on_after_a_kill_as_if_nothing
     files = [Path(run.out) / "model" / "model.safetensors" for run in (whole, killed)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (Path(whole.out) / "figures" / "reconstructions.png").exists()
-    pretrain(alone)
-    np.testing.assert_allclose(losses_of(alone.out), losses_of(whole.out), rtol=1e-3)

@@ -217,7 +217,7 @@ def test_on_a_cluster_nobody_is_killed_by_a_number_of_another_machine(
     assert not (tmp_path / "demo").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # minutes; that killed workers leave one curve, the kill matrix shows to CI
 @pytest.mark.ray
 def test_a_worker_that_is_really_killed_leaves_one_line_of_two_curves_and_a_proof(
     pretrained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
