@@ -78,6 +78,9 @@ class Service:
 
     name: str
     sha256: str
+    """Of the weights: what an index must have been built with."""
+    card_sha256: str
+    """Of model.json, which holds those of all files: classifiers of the same frozen network differ in it."""
     classes: tuple[str, ...]
     image_path: dict[str, Any]
     channels: int
@@ -92,7 +95,7 @@ class Service:
 
     @property
     def model(self) -> dict[str, str]:
-        return {"name": self.name, "sha256": self.sha256}
+        return {"name": self.name, "sha256": self.sha256, "card_sha256": self.card_sha256}
 
 
 # What the answers look like, for the OpenAPI document; examples are of a Pap smear model.
@@ -105,6 +108,7 @@ class Answer(BaseModel):
 class ModelName(BaseModel):
     name: str
     sha256: str
+    card_sha256: str
 
 
 class Fault(BaseModel):
@@ -227,7 +231,7 @@ BODY: dict[str, Any] = {
     }
 }
 EXAMPLE_DOMAIN = {"answer": True, "typicality": 0.42, "distance": 0.12, "limit": 0.01, "message": "…"}
-EXAMPLE_MODEL = {"name": "pap-smear", "sha256": "5e41c917f503"}
+EXAMPLE_MODEL = {"name": "pap-smear", "sha256": "5e41c917f503", "card_sha256": "c9031d77a2e4"}
 LEAVES: list[dict[str, Any]] = [
     {"label": "abnormal/severe_dysplasia", "probability": 0.75},
     {"label": "normal/columnar", "probability": 0.25},

@@ -18,7 +18,7 @@ from cluster.progress import say
 from cluster.session import Resources, cores, in_cluster, session
 from serving.configs import ServeConfig
 from serving.snapshot import current, same_model
-from training.artifact import load_model, located_model, run_name
+from training.artifact import card_sha256, load_model, located_model, run_name
 
 SHORTEST_KEY = 16
 LOOK_S = 5.0
@@ -138,6 +138,7 @@ def _service(config: ServeConfig) -> Any:
     return Service(
         name=run_name(config.model),
         sha256=model.sha256,
+        card_sha256=card_sha256(config.model),
         classes=card.classes,
         image_path=card.image_path.as_dict(),
         channels=card.input.channels,

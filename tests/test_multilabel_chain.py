@@ -125,6 +125,7 @@ def _asked(run: Path, picture: Path) -> dict[str, Any]:
     service = Service(
         name="run",
         sha256="",
+        card_sha256="",
         classes=card.classes,
         image_path=card.image_path.as_dict(),
         channels=card.input.channels,

@@ -29,7 +29,7 @@ from serving.serve import served
 from tests.hostile import encoded, picture
 from tests.runs import ROOT, START_S, Process, rayograph, wait_until
 from tests.test_transfer_chain import config as transfer_config
-from training.artifact import read_card
+from training.artifact import card_sha256, read_card
 from training.configs import InferenceConfig
 from training.dataset import Dataset
 from training.gallery import gallery
@@ -127,6 +127,7 @@ def test_classes_over_http_are_those_of_predict(running: Running, parts: Parts, 
         found = {c["label"]: c["probability"] for c in answer["classes"]}
         assert found == pytest.approx({name: row[name] for name in classes}, abs=1e-5)
         assert answer["classes"][0]["label"] == row["label"]
+        assert answer["model"]["card_sha256"] == card_sha256(parts.model)
 
 
 def test_hits_over_http_are_those_of_index_search(running: Running, parts: Parts) -> None:

@@ -429,7 +429,12 @@ function showInfo({ model, index, limits }) {
   document.title = `${model.name} – Rayograph`;
   const millions = (limits.max_pixels / 1e6).toLocaleString("en", { maximumFractionDigits: 1 });
   at("limits").textContent = `, at most ${megabytes(limits.max_body_bytes)} and ${millions} million pixels`;
-  const facts = [["Model", model.name], ["Weights (sha256)", model.sha256], ["Looks at", `${model.image_size} pixels`]];
+  const facts = [
+    ["Model", model.name],
+    ["Weights (sha256)", model.sha256],
+    ["Model card (sha256)", model.card_sha256],
+    ["Looks at", `${model.image_size} pixels`],
+  ];
   for (const [name, value] of Object.entries(model.metrics ?? {})) {
     if (typeof value === "number") facts.push([METRICS[name] ?? capital(words(name)), value.toFixed(3)]);
   }

@@ -15,7 +15,7 @@ import pytest
 
 from serving import app as module
 from serving.app import EXAMPLES, KEPT, Busy, Desk, Fail, Unanswered, create_app
-from tests.asgi import CLASSES, SECRET, SHA, Fake, Reply, ask, form, service
+from tests.asgi import CARD_SHA, CLASSES, SECRET, SHA, Fake, Reply, ask, form, service
 from tests.hostile import encoded, picture, write_hostile
 
 PNG = encoded(picture(), "PNG")
@@ -45,7 +45,7 @@ def test_classify_answers_leaves_tree_domain_and_model(send: Callable[..., Reply
     assert reply.status == 200, reply.body
     answer = reply.json()
     assert set(answer) == {"classes", "several", "tree", "in_domain", "model"} and answer["several"] is False
-    assert answer["model"] == {"name": "run", "sha256": SHA}
+    assert answer["model"] == {"name": "run", "sha256": SHA, "card_sha256": CARD_SHA}
     assert {c["label"] for c in answer["classes"]} == set(CLASSES)
     assert all(set(c) == {"label", "probability"} for c in answer["classes"])
     shares = [c["probability"] for c in answer["classes"]]

@@ -80,6 +80,7 @@ def model(**changes: Any) -> Answer:
     described = {
         "name": "cervix-run",
         "sha256": "ab" * 32,
+        "card_sha256": "cd" * 32,
         "classes": list(CLASSES),
         "image_size": "128x128",
         "metrics": {"balanced_accuracy": 0.5312, "ece": 0.04},
@@ -98,7 +99,7 @@ def classified(
         "several": several,
         "tree": tree(classes),
         "in_domain": {"answer": answer, "typicality": 0.42, "distance": 0.12, "limit": 0.01, "message": message},
-        "model": {"name": "cervix-run", "sha256": "ab" * 32},
+        "model": {"name": "cervix-run", "sha256": "ab" * 32, "card_sha256": "cd" * 32},
     }
     return Answer(body, **options)
 
