@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.paired import METRIC, interval, told, verdict
-from tests.benchmarks.results import CACHE, DATA, run, summary
+from tests.benchmarks.results import CACHE, DATA, asked, run, summary
 
 CLAIM = "F1 86.0 from scratch, 96.3 transfer, 99.3 double transfer (foot ulcers; skin 89.1 -> 98.5)"
 ARMS = ("scratch", "single", "double")
@@ -68,8 +68,8 @@ def double() -> str:
     run(["ingest", str(DATA / "cervix/index_cric.csv"), "--out", str(middle), "--image-size", "128"])
     run(["ingest", str(DATA / "cervix/index.csv"), "--out", str(target), "--image-size", "128"])
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for share, epochs in _asked(effort.budgets).items():
-        for name, chain in _asked(CHAINS).items():
+    for share, epochs in asked(effort.budgets).items():
+        for name, chain in asked(CHAINS).items():
             plan = written(folder / f"{name}.yaml", chain, middle, effort)
             out = folder / f"{name}-{share}"
             command = ["transfer", "--data", str(target), "--out", str(out), "--stages", str(plan), "--turns"]
@@ -78,11 +78,6 @@ def double() -> str:
             found[chain.title, share] = summary(out)
             print(tables(found), flush=True)
     return tables(found)
-
-
-def _asked(named: dict[str, Any]) -> dict[str, Any]:
-    """Those that the command line names; all, where it names none."""
-    return {name: value for name, value in named.items() if name in sys.argv} or named
 
 
 def written(file: Path, chain: Chain, middle: Path, effort: Effort) -> Path:

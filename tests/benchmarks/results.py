@@ -94,6 +94,11 @@ def run(arguments: list[str]) -> float:
     return time.monotonic() - began
 
 
+def asked(named: dict[str, Any]) -> dict[str, Any]:
+    """Those that the command line names; all, where it names none."""
+    return {name: value for name, value in named.items() if name in sys.argv} or named
+
+
 def transfers(name: str) -> list[tuple[str, str, Path, list[str]]]:
     """(initial weights, task, folder, command) of each transfer of a study, the cheap ones first."""
     study, found = STUDIES[name], []
