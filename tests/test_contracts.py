@@ -16,7 +16,7 @@ PACKAGES = ("cluster", "serving", "training", "tuning")
 
 RAY_MODULES = {"cluster.nodes", "cluster.session", "tuning.search", "serving.deployments", "serving.serve"} | {
     f"training.{name}"
-    for name in ("ingest", "feed", "launch", "line", "loop", "probing", "inference", "folds", "gallery")
+    for name in ("ingest", "feed", "launch", "worker", "line", "loop", "probing", "inference", "folds", "gallery")
 }
 """The thin Ray layer: the only modules that may import Ray."""
 OUTER_MODULES = {"training.device"} | {
