@@ -98,3 +98,13 @@ def test_an_unexpected_skip_fails_only_with_ci(tmp_path: Path, reason: str, ci: 
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"CI": ci}, capture_output=True, check=False)
     assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [("training.worker", ["torch", "timm", "training.loop"]), ("training.artifact", ["sklearn", "scipy.optimize"])],
+)
+def test_what_a_start_waits_for_loads_only_what_it_needs(module: str, unwanted: list[str]) -> None:
+    script = f"import sys, {module}; print([name for name in {unwanted} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

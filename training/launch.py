@@ -209,7 +209,7 @@ def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
     shutil.rmtree(ours, ignore_errors=True)
     return TorchTrainer(
         enter,
-        # a reference, for Ray Train's controller unpickles what stands here, and would load torch for a job
+        # a reference, for Ray Train's controller unpickles what stands here, and would load our loop for a job
         train_loop_config={"job": ray.put(job), "desk": desk, "code": this_code()},
         torch_config=TorchConfig(backend="nccl" if team.device == "cuda" else "gloo", timeout_s=300),
         scaling_config=scaling(

@@ -1,4 +1,4 @@
-"""The door of a training worker. Ray Train's controller loads this too, which must not cost it torch, timm and us."""
+"""The door of a training worker. Ray Train's controller loads this too, which must not cost it timm and our loop."""
 
 from __future__ import annotations
 
