@@ -18,8 +18,29 @@ from werkzeug.serving import make_server
 KEY = "AKIATEST"
 ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'
 NAMES = {403: "InvalidAccessKeyId", 500: "InternalError", 503: "SlowDown"}
+HOLD_S = 60
 Seen = tuple[str, str, int]
 """Method, path and bytes answered of one request."""
+
+
+class Hold:
+    """The first request of `method` whose path holds `part` waits at the server until it is let go, and then fails."""
+
+    def __init__(self, method: str, part: str) -> None:
+        self.caller = self.path = ""
+        """Address and path of the request; empty until it is there."""
+        self._wanted, self._first, self._free = (method, part), threading.Lock(), threading.Event()
+
+    def meet(self, method: str, path: str, caller: str) -> int:
+        """The status with which the request is refused; 0 lets it pass."""
+        if method != self._wanted[0] or self._wanted[1] not in path or not self._first.acquire(blocking=False):
+            return 0
+        self.path, self.caller = path, caller
+        self._free.wait(HOLD_S)
+        return 503
+
+    def let_go(self) -> None:
+        self._free.set()
 
 
 @dataclass
@@ -31,6 +52,7 @@ class Store:
     buckets: list[str] = field(default_factory=list)
     refuse: Callable[[str, str], int] = field(default=lambda method, path: 0)
     """Status with which a request is refused; 0 lets it pass."""
+    hold: Hold | None = None
     seen: list[Seen] = field(default_factory=list)
     """Requests since the list was last cleared."""
 
@@ -42,6 +64,16 @@ class Store:
             yield
         finally:
             self.refuse = before
+
+    @contextlib.contextmanager
+    def holding(self, method: str, part: str) -> Iterator[Hold]:
+        """Inside the block, the first such request waits, so that its caller can be killed in the middle of it."""
+        self.hold = Hold(method, part)
+        try:
+            yield self.hold
+        finally:
+            self.hold.let_go()
+            self.hold = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -75,7 +107,9 @@ class _Front:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         known = f"Credential={KEY}/" in environ.get("HTTP_AUTHORIZATION", "")
-        status = self.store.refuse(method, path) or (0 if known else 403)
+        hold = self.store.hold
+        held = hold.meet(method, path, environ["REMOTE_ADDR"]) if hold else 0
+        status = held or self.store.refuse(method, path) or (0 if known else 403)
         if status:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = b"" if method == "HEAD" else ERROR.format(code=NAMES[status], message="no").encode()
