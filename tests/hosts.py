@@ -64,6 +64,21 @@ for line in sys.stdin:
     print(json.dumps([n.node_manager_address for n in nodes if n.state == GcsNodeInfo.GcsNodeState.ALIVE]), flush=True)
 """
 
+_DRAIN = """
+import sys
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+gcs, address = sys.argv[1:]
+client = GcsClient(address=gcs)
+there = [n for n in client.get_all_node_info(timeout=30).values() if n.state == GcsNodeInfo.GcsNodeState.ALIVE]
+(node,) = [n.node_id.hex() for n in there if n.node_manager_address == address]
+reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+accepted, why = client.drain_node(node, reason, "taken away", 0)
+sys.exit(None if accepted else why)
+"""
+"""As `ray drain-node`, which takes any id for a node's; no deadline."""
+
 
 def unavailable() -> str:
     """Why this machine cannot have such hosts; empty if it can."""
@@ -207,6 +222,11 @@ class Host:
         self._watch.stdin.write("\n")
         self._watch.stdin.flush()
         return set(json.loads(self._watch.stdout.readline()))
+
+    def drain(self, head: Host) -> None:
+        """The node is about to be taken away, as a cloud says it beforehand: alive, and given nothing new to do."""
+        done = head.run([sys.executable, "-c", _DRAIN, head.gcs, self.address])
+        assert done.returncode == 0, done.stderr
 
     def cut(self) -> None:
         """The host's cable is pulled: nothing arrives, nobody is told."""

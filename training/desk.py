@@ -132,20 +132,20 @@ class Desk:
             self._write([{"event": "start", **start, "time": time.time()}])
             return {"group": self._group.number, "refused": None}
 
-    def write(self, group: int, rows: list[dict[str, Any]]) -> dict[str, bool]:
-        """The rows stand in the metrics, visible to a reader; returns what the driver wants of the ranks."""
+    def write(self, group: int, rows: list[dict[str, Any]]) -> bool:
+        """The rows stand in the metrics, visible to a reader. Whether the ranks shall end, after a checkpoint."""
         with self._lock:
             if group != self._group.number:
-                return {"stop": True, "regroup": False}
+                return True
             try:
                 self._write(rows)
             except OSError as error:
                 self.fail("RayographError", f"{self._path / METRICS}: {error.strerror}; free some space and run again")
-                return {"stop": True, "regroup": False}
+                return True
             for row in rows:
                 if "step" in row:
                     self._stepped(row)
-            return dict(self._orders)
+            return any(self._orders.values())
 
     def flush(self, group: int, step: int) -> None:
         """Every row up to `step` is durable: what a checkpoint of that step may rely on."""
@@ -199,7 +199,7 @@ class Desk:
     # Called by the driver
 
     def order(self, name: str) -> None:
-        """`stop` or `regroup`: the ranks write a checkpoint and end, for good or to be started again."""
+        """`stop` or `regroup`: the ranks write a checkpoint and end, for good or until another group starts."""
         with self._lock:
             self._orders[name] = True
 

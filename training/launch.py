@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ SETTLED_S = 25.0
 """How long a cluster must have been as it is before more ranks are tried: what Ray Train itself knows of it is up to
 20 s old (the tick of its AutoscalingCoordinator), and a restart before that would bring as many as there were."""
 LOOK_S = 0.5
-GROWTH_S = 5.0
-"""How often it is looked for hosts that could hold more ranks."""
+HOSTS_S = 5.0
+"""How often it is looked for hosts that could hold more ranks, or are about to be taken away."""
 WATCH_S = 3.0
 """The least time between two acts of the watchdog."""
 KILL_S = 30.0
@@ -66,6 +66,16 @@ class Team:
         own = {"GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
         return own | ({self.on: 1.0} if self.on else {})
 
+    def without(self, going: set[str]) -> Team:
+        """This team while these nodes are being taken away: Ray Train would wait for room on them as long as they live.
+
+        One that is not elastic does wait, for a node in their place.
+        """
+        import ray
+
+        staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in going]
+        return replace(self, most=max(self.least, self.room(staying))) if going else self
+
     def room(self, nodes: list[dict[str, float]]) -> int:
         """Ranks that fit on nodes with these resources, at most `most`."""
         return min(self.most, sum(int(min(n.get(k, 0.0) // v for k, v in self.bundle.items())) for n in nodes))
@@ -83,21 +93,24 @@ def launch(job: Job, team: Team, out: Path, before: tuple[int, int], watch: Call
         StoppedError, KeyboardInterrupt: stopped on request, with a checkpoint where there was time for one.
         RayographError: what a rank raised on purpose, or why training failed for good.
     """
-    desk = _Handle(out, job.out, before[0])
+    desk, hosts = _Handle(out, job.out, before[0]), _Hosts(team)
     idle = 0
-    total = job.config.epochs * job.source.plan.total
+    plan = job.source.plan
+    total, last = job.config.epochs * plan.total, job.config.epochs * plan.batches
     try:
         with _stopping(desk) as stopped, progress("pretrain", total, "images", done=before[1]) as bar:
+            shown = _Shown(bar, before[1])
             while True:
                 reached = desk.step
-                error = _follow(job, team, out, desk, _Shown(bar, before[1]), stopped, watch)
+                error = _follow(job, team, out, desk, hosts, shown, stopped, watch)
                 _raise_failure(desk, stopped())
-                if error is None:
+                if error is None and desk.step >= last:
                     return
                 idle = 0 if desk.step > reached else idle + 1
+                why = _cause(error) if error else "hosts come or go"
                 if idle >= IDLE_LAUNCHES:
-                    raise RayographError(f"training failed: {_cause(error)}; details in {out / 'run.log'}") from error
-                say(f"interrupted at step {desk.step} ({_cause(error)}); training goes on from its last checkpoint")
+                    raise RayographError(f"training failed: {why}; details in {out / 'run.log'}") from error
+                say(f"interrupted at step {desk.step} ({why}); training goes on from its last checkpoint")
     finally:
         desk.close()
 
@@ -158,6 +171,7 @@ def _follow(
     team: Team,
     out: Path,
     desk: _Handle,
+    hosts: _Hosts,
     shown: _Shown,
     stopped: Callable[[], float],
     watch: Callable[[Any], None],
@@ -168,14 +182,14 @@ def _follow(
 
     def fit() -> None:
         try:
-            _trainer(job, team, out, desk.name).fit()
+            _trainer(job, team.without(_draining()), out, desk.name).fit()
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="train", daemon=True)
     thread.start()
-    watchdog, growth, draining = _Watchdog(job.config.watchdog_s), _Growth(team), _Draining()
+    watchdog = _Watchdog(job.config.watchdog_s)
     while thread.is_alive():
         thread.join(LOOK_S)
         seen = desk.look()
@@ -185,7 +199,7 @@ def _follow(
                 break
             continue
         watchdog.look(seen)
-        if growth.wanted(seen) or draining.found(seen):
+        if hosts.changed(seen):
             desk.order("regroup")
         watch(desk.actor)
     shown.show(desk.look())
@@ -275,7 +289,7 @@ class _Watchdog:
         self._acted = time.monotonic()
 
     def look(self, seen: dict[str, Any]) -> None:
-        if not seen or not seen["group"] or time.monotonic() - self._acted < WATCH_S:
+        if not seen["group"] or time.monotonic() - self._acted < WATCH_S:
             return
         suspects = stuck(seen, self._patience)
         if not suspects:
@@ -330,24 +344,43 @@ def _kill(place: Place) -> bool:
     return True
 
 
+class _Hosts:
+    """Tells when hosts that come or go are a reason to start a group again, after a checkpoint; once for each group."""
+
+    def __init__(self, team: Team) -> None:
+        self._growth = _Growth(team)
+        self._looked = time.monotonic()
+        self._asked = 0
+
+    def changed(self, seen: dict[str, Any]) -> bool:
+        if not seen or seen["group"] == self._asked or time.monotonic() - self._looked < HOSTS_S:
+            return False
+        self._looked = time.monotonic()
+        going = _draining()
+        leaving = bool(going & {place.node for place, _, _, _ in seen["pulses"].values()})
+        if leaving:
+            say("a host is about to be taken away: a checkpoint first, then training goes on without it")
+        if leaving or self._growth.wanted(seen, going):
+            self._asked = seen["group"]
+        return bool(self._asked == seen["group"])
+
+
 class _Growth:
     """Tells when the cluster has come to hold more ranks than the group has. Each change of it is tried once."""
 
     def __init__(self, team: Team) -> None:
         self._team = team
-        self._looked = self._changed = time.monotonic()
+        self._changed = time.monotonic()
         self._nodes: tuple[str, ...] = ()
         self._tried: set[tuple[str, ...]] = set()
 
-    def wanted(self, seen: dict[str, Any]) -> bool:
-        if not self._team.elastic or not seen or not seen["group"] or seen["world"] >= self._team.most:
+    def wanted(self, seen: dict[str, Any], going: set[str]) -> bool:
+        """going: the nodes that are being taken away."""
+        if not self._team.elastic or seen["world"] >= self._team.most:
             return False
-        if time.monotonic() - self._looked < GROWTH_S:
-            return False
-        self._looked = time.monotonic()
         import ray
 
-        alive = [n for n in ray.nodes() if n["Alive"]]
+        alive = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in going]
         nodes = tuple(sorted(n["NodeID"] for n in alive))
         if nodes != self._nodes:
             self._nodes, self._changed = nodes, time.monotonic()
@@ -359,25 +392,11 @@ class _Growth:
         return True
 
 
-class _Draining:
-    """Tells, once for each, when a host that trains is about to be taken away: then a checkpoint comes first."""
+def _draining() -> set[str]:
+    """The nodes that are about to be taken away: alive, and given nothing new to do."""
+    from ray._private.state import state  # Ray Train's own watcher asks the same; no public call tells it
 
-    def __init__(self) -> None:
-        self._looked = time.monotonic()
-        self._known: set[str] = set()
-
-    def found(self, seen: dict[str, Any]) -> bool:
-        if not seen or time.monotonic() - self._looked < GROWTH_S:
-            return False
-        self._looked = time.monotonic()
-        from ray._private.state import state  # Ray Train's own watcher asks the same; no public call tells it
-
-        going = set(state.get_draining_nodes()) & {place.node for place, _, _, _ in seen["pulses"].values()}
-        new = going - self._known
-        if new:
-            say("a host is about to be taken away: a checkpoint first, then training goes on without it")
-        self._known |= new
-        return bool(new)
+    return set(state.get_draining_nodes())
 
 
 def _raise_failure(desk: _Handle, stopped: float) -> None:

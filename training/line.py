@@ -1,4 +1,4 @@
-"""A rank's line to the desk: rows out, orders in, and a heartbeat, none of which a step waits for."""
+"""A rank's line to the desk: rows out, the word to end in, and a heartbeat, none of which a step waits for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Line:
         self._group = 0
         self._rows: list[dict[str, Any]] = []
         self._sent: list[Any] = []
-        self._orders = {"stop": False, "regroup": False}
+        self._stop = False
         self._phase, self._step = "start", 0
         self._ended = threading.Event()
         self._place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), born(os.getpid()))
@@ -53,10 +53,10 @@ class Line:
         self._rows.append(row)
         self._exchange()
 
-    def orders(self) -> dict[str, bool]:
-        """What the driver wanted when it was last heard."""
+    def stop(self) -> bool:
+        """Whether the driver wanted a checkpoint and the group's end when it was last heard."""
         self._exchange()
-        return self._orders
+        return self._stop
 
     def flush(self, step: int) -> None:
         """All rows written so far are durable. May be called in another thread than `write`."""
@@ -81,10 +81,10 @@ class Line:
         ray.get(self._sent)
 
     def _exchange(self) -> None:
-        """Rows leave when those before them have arrived, and their answer with the orders is here."""
+        """Rows leave when those before them have arrived, and their answer, whether to end, is here."""
         ready, self._sent = ray.wait(self._sent, num_returns=len(self._sent), timeout=0) if self._sent else ([], [])
         if ready:
-            self._orders = ray.get(ready[-1])
+            self._stop = ray.get(ready[-1])
         if self._rows and not self._sent:
             self._send()
 

@@ -64,7 +64,6 @@ class After:
 
     checkpoint: bool = False
     stop: bool = False
-    regroup: bool = False
     failed: bool = False
     """The last checkpoint could not be written."""
 
@@ -110,10 +109,6 @@ def augmentation(config: PretrainConfig) -> Augmentation:
     return augmentation_of(config)
 
 
-class RegroupError(Exception):
-    """This group has ended, with a checkpoint, to be started again with more ranks."""
-
-
 class EndedError(RayographError):
     """What all ranks of a group ended with, each by itself: nobody is left waiting for anybody."""
 
@@ -140,8 +135,6 @@ def train(values: dict[str, Any]) -> None:
         except RayographError as error:
             line.fail(error)
             raise  # the others wait for this rank: its end makes theirs
-        except RegroupError:
-            raise
         except Exception:
             line.say(
                 f"rank {rank} of {world} ended:\n{traceback.format_exc()}"
@@ -207,10 +200,9 @@ class Rank:
             )
 
     def run(self) -> None:
-        """Steps until the last one, or until the driver wants something else.
+        """Steps until the last one, or until the driver wants the group to end, for good or to start another one.
 
         Raises:
-            RegroupError: the driver wants the group started again.
             EndedError: a step or a checkpoint that starting again would not mend.
         """
         with contextlib.closing(self.recorder) if self.recorder else contextlib.nullcontext():
@@ -222,8 +214,6 @@ class Rank:
                     self._save(after)
                 if after.stop:
                     return
-                if after.regroup:
-                    raise RegroupError
                 self.line.now("data")
             self._save(After(stop=True))
 
@@ -313,9 +303,9 @@ class Rank:
         """The sum of losses over all ranks, and what rank 0 wants of all of them after this step."""
         wanted = After()
         if self.rank == 0:
-            orders = self.line.orders()
+            stop = self.line.stop()
             due = time.monotonic() - self.saved_at > self.config.checkpoint_s and not self.saver.busy
-            wanted = After(due, orders["stop"], orders["regroup"], self.saver.failed)
+            wanted = After(due, stop, self.saver.failed)
         values = torch.tensor([loss_sum, *map(float, astuple(wanted))], dtype=torch.float64, device=self._wire())
         if self.world > 1:
             dist.all_reduce(values)
@@ -370,7 +360,7 @@ class Rank:
                 self.saver.save(self.position, self.module, self.optimizer)
                 self.saved_step = self.position.step
                 self.line.push()
-            if self.rank == 0 and (after.stop or after.regroup or after.failed):
+            if self.rank == 0 and (after.stop or after.failed):
                 self.saver.wait()
         except RayographError as error:
             raise EndedError("no checkpoint") from error

@@ -27,13 +27,13 @@ class Alone(Line):
     """A rank without a driver."""
 
     def __init__(self) -> None:
-        self._orders = {"stop": False, "regroup": False}
+        self._stop = False
 
     def begin(self, **start: Any) -> tuple[int, str | None]:
         return 1, None
 
-    def orders(self) -> dict[str, bool]:
-        return self._orders
+    def stop(self) -> bool:
+        return self._stop
 
 
 def main(data: str, result: str) -> None:

@@ -69,20 +69,22 @@ def test_a_rank_of_a_group_that_was_given_up_writes_nothing_and_is_told_to_stop(
     old = start(run)["group"]
     run.write(old, [row(1)])
     new = start(run, step=1)["group"]
-    assert run.write(old, [row(2)])["stop"] is True
-    assert run.write(new, [row(2)])["stop"] is False
+    assert run.write(old, [row(2)]) is True
+    assert run.write(new, [row(2)]) is False
     assert steps(tmp_path) == [1, 2]
 
 
-def test_orders_reach_the_ranks_with_the_answer_to_their_rows(run: Desk) -> None:
+def test_the_word_to_end_reaches_the_ranks_with_the_answer_to_their_rows(run: Desk) -> None:
     group = start(run)["group"]
-    assert run.write(group, [row(1)]) == {"stop": False, "regroup": False}
+    assert run.write(group, [row(1)]) is False
     run.order("regroup")
-    assert run.write(group, [row(2)]) == {"stop": False, "regroup": True}
+    assert run.write(group, [row(2)]) is True
     group = start(run, step=2)["group"]
-    assert run.write(group, [row(3)]) == {"stop": False, "regroup": False}, "it was done"
+    assert run.write(group, [row(3)]) is False, "that group has ended"
     run.order("stop")
-    assert run.write(group, [row(4)])["stop"] is True
+    assert run.write(group, [row(4)]) is True
+    group = start(run, step=4)["group"]
+    assert run.write(group, [row(5)]) is True, "for good"
 
 
 def test_a_flush_waits_for_rows_that_are_on_their_way(run: Desk) -> None:
@@ -258,40 +260,60 @@ def test_rows_survive_a_line_that_is_no_json() -> None:
     assert [r["step"] for r in read_metrics(f"{good}\nnonsense\n{json.dumps(row(2))}\n")] == [1, 2]
 
 
-def test_a_host_that_is_about_to_go_is_noticed_once_and_only_where_a_rank_is_on_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def going(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The nodes that Ray says are being taken away."""
     from ray._private.state import state
 
     nodes: dict[str, int] = {}
     monkeypatch.setattr(state, "get_draining_nodes", lambda: nodes)
-    monkeypatch.setattr(launch, "GROWTH_S", 0.0)
-    draining, now = launch._Draining(), seen(("step", 0.1), since_step=0.1)
-    assert not draining.found(now)
-    nodes["another"] = 0
-    assert not draining.found(now)
-    nodes["node"] = 0
-    assert draining.found(now)
+    monkeypatch.setattr(launch, "HOSTS_S", 0.0)
+    return nodes
+
+
+def test_a_host_that_is_about_to_go_is_told_once_to_a_group_that_has_a_rank_on_it(
+    going: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts, now = launch._Hosts(Team(2, 2, "cpu")), seen(("step", 0.1), since_step=0.1) | {"group": 1, "world": 2}
+    assert not hosts.changed(now)
+    going["another"] = 0
+    assert not hosts.changed(now)
+    going["node"] = 0
+    assert hosts.changed(now)
     assert "about to be taken away" in capsys.readouterr().err
-    assert not draining.found(now)
+    assert not hosts.changed(now), "it has been told"
+    assert hosts.changed(now | {"group": 2}), "the next group has a rank there again"
 
 
-def test_the_growth_of_a_cluster_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_team_is_as_small_as_the_nodes_that_stay_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    nodes = [{"NodeID": name, "Alive": name != "dead", "Resources": {"CPU": 2.0}} for name in ("a", "b", "dead")]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    team = Team(1, 8, "cpu")
+    assert team.without(set()) == team, "Ray Train itself takes what there is, and what comes"
+    assert team.without({"b"}) == Team(1, 2, "cpu")
+    assert team.without({"a", "b"}) == Team(1, 1, "cpu")
+    assert Team(3, 3, "cpu").without({"b"}) == Team(3, 3, "cpu"), "it waits for another node"
+
+
+def test_the_growth_of_a_cluster_is_tried_once(going: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     nodes = [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 1.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(launch, "GROWTH_S", 0.0)
     monkeypatch.setattr(launch, "SETTLED_S", 0.2)
-    growth = launch._Growth(Team(1, 2, "cpu"))
-    alone = {"group": 1, "world": 1}
-    time.sleep(0.01)
-    assert not growth.wanted(alone)
+    hosts = launch._Hosts(Team(1, 2, "cpu"))
+    alone = {"group": 1, "world": 1, "pulses": {}}
+    assert not hosts.changed(alone)
     nodes.append({"NodeID": "b", "Alive": False, "Resources": {"CPU": 1.0}})
-    assert not growth.wanted(alone)
-    nodes[1]["Alive"] = True
-    assert not growth.wanted(alone), "Ray Train does not know of it yet"
+    assert not hosts.changed(alone)
+    nodes[1]["Alive"], going["b"] = True, 0
     time.sleep(0.25)
-    assert growth.wanted(alone)
-    assert not growth.wanted(alone), "Ray did not take the node up: asking again would only restart the run"
-    assert not growth.wanted({"group": 2, "world": 2})
+    assert not hosts.changed(alone), "it is being taken away"
+    going.clear()
+    assert not hosts.changed(alone), "Ray Train does not know of it yet"
+    time.sleep(0.25)
+    assert hosts.changed(alone)
+    assert not hosts.changed(alone | {"group": 2}), "Ray did not take it up: asking again would only restart the run"
+    assert not hosts.changed(alone | {"group": 3, "world": 2})
