@@ -364,7 +364,7 @@ def _metric_rows(summaries: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     shared = [name for name in METRICS if name in before and name in after and name in yardstick]
     return tuple(
         (
-            name,
+            _words(name),
             _interval(before[name]),
             _interval(after[name]),
             _change(before[name], after[name]),
@@ -390,7 +390,12 @@ def _interval(metric: dict[str, Any]) -> str:
 
 def _facts(summary: dict[str, Any]) -> str:
     known = ("images", "ok", "groups", "epochs", "final_loss", "images_per_second", "trials", "vectors", "seconds")
-    return ", ".join(f"{name} {_number(summary[name])}" for name in known if name in summary)
+    return ", ".join(f"{_words(name)} {_number(summary[name])}" for name in known if name in summary)
+
+
+def _words(key: str) -> str:
+    """The key of a summary as a reader of the report would say it."""
+    return {"auroc": "AUROC", "ece": "calibration error (ECE)"}.get(key, key.replace("_per_", "/").replace("_", " "))
 
 
 def _number(value: object) -> str:

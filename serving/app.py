@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -275,8 +276,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 def _described(name: str) -> dict[str, Any]:
     example = {"application/json": {"example": EXAMPLES[name]}}
-    return {"responses": {200: {"content": example}, **ERRORS}, "openapi_extra": BODY}
+    return {"responses": {200: {"content": example}, **ERRORS}, "openapi_extra": BODY, "dependencies": [KEY]}
 
+
+KEY = Security(HTTPBearer(auto_error=False, description="Where the server has keys, as beyond loopback; see `Door`."))
+"""For the OpenAPI document only: it is the door that asks for the key."""
 
 Neighbours = Annotated[int, Query(ge=1, le=MOST_HITS, description="Neighbours wanted.")]
 Excluded = Annotated[str | None, Query(max_length=500, description="Leave out images of this group (patient, slide).")]
@@ -453,7 +457,7 @@ def create_app(service: Service, backend: Backend) -> FastAPI:
         """The feature vector of an image."""
         return await desk.answer(request, desk.embed)
 
-    @app.get("/v1/model", response_model=Answer, responses={401: ERRORS[401]})
+    @app.get("/v1/model", response_model=Answer, responses={401: ERRORS[401]}, dependencies=[KEY])
     async def model() -> dict[str, Any]:
         """What is served: model, index and limits."""
         shown = {"classes": list(service.classes), "metrics": service.metrics, "image_size": _size(service)}

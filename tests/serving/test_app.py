@@ -439,4 +439,6 @@ def test_the_document_has_examples_and_every_status() -> None:
         assert set(example) == set(EXAMPLES[verb]) == set(asked(f"/v1/{verb}").json())
         assert {"multipart/form-data", "application/octet-stream"} <= set(operation["requestBody"]["content"])
         assert operation["summary"] and operation["description"]
+        assert operation["security"] == [{"HTTPBearer": []}]
+    assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert json.dumps(document).count("HTTPValidationError") == 0
