@@ -13,6 +13,7 @@ from training import figures, report
 from training.compare import LESS, Adjusted, Comparison, Difference
 from training.configs import Unit
 from training.judgement import Judged
+from training.metrics import title_of
 from training.results import LABEL_SET_WORDS, WORDS, result_section
 
 HEADLINE = "balanced_accuracy"
@@ -127,7 +128,7 @@ def write_evaluation_report(
 
 
 def _axis(metric: str) -> str:
-    return f"{metric.replace('_', ' ')} (less is better)" if metric in LESS else metric.replace("_", " ")
+    return f"{title_of(metric)} (less is better)" if metric in LESS else title_of(metric)
 
 
 def _signed(value: float | None, ci95: Sequence[float | None]) -> str:

@@ -12,6 +12,7 @@ from training.calibration import IN_FOLDS
 from training.dataset import Dataset, Selection
 from training.judgement import Judged
 from training.learnt import Asked, in_summary
+from training.metrics import title_of
 from training.subgroups import columns_of
 from training.transductive import FIRST_WEIGHTS, overlap_blocks, overlap_of
 
@@ -80,8 +81,7 @@ def neighbours_of(
     own = [groups[row] for row in rows]
     (found,) = asked.metrics(groups, seed=seed).values()
     table = [
-        [name.replace("_", " "), report.with_interval(m["value"], m["ci95"]), _plain(m["chance"])]
-        for name, m in found.items()
+        [title_of(name), report.with_interval(m["value"], m["ci95"]), _plain(m["chance"])] for name, m in found.items()
     ]
     blocks: list[report.Block] = [
         report.Text(
@@ -124,7 +124,7 @@ def learnt_neighbours(asked: Asked, groups: Sequence[str], *, seed: int) -> Foun
         shown = ["value [95 % interval]"] if asked.steps == 1 else [f"step {step}" for step in own]
         rows = [
             [
-                name.replace("_", " "),
+                title_of(name),
                 *(report.with_interval(own[step][name]["value"], own[step][name]["ci95"]) for step in own),
                 _plain(own[asked.steps][name]["chance"]),
             ]

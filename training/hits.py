@@ -18,6 +18,7 @@ from training.compare import RESAMPLES, Difference, difference_of
 from training.dataset import Selection
 from training.evaluation_report import p_words
 from training.learnt import GALLERIES, Asked
+from training.metrics import title_of
 from training.report import with_interval
 from training.retrieval import NAMES
 
@@ -106,7 +107,7 @@ def hits_compared(runs: Mapping[str, str], *, seed: int) -> tuple[list[report.Se
         if found is not None:
             kept[other] = {"retrieval": found}
     rows = [
-        [other, metric.replace("_", " "), with_interval(d["difference"], d["ci95"]), p_words(d["p"])]
+        [other, title_of(metric), with_interval(d["difference"], d["ci95"]), p_words(d["p"])]
         for other, values in kept.items()
         for metric, d in values["retrieval"].items()
     ]

@@ -6,7 +6,7 @@ resamples at once. In the code below, G counts groups, B resamples, N rows of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -87,6 +87,27 @@ OF_CONFUSION: dict[str, Callable[[ArrayLike], Floats]] = {
 }
 NAMES = (*OF_CONFUSION, "auroc", "ece")
 ORDINAL = ("mean_level_error",)
+TITLES = {
+    "auroc": "AUROC",
+    "ece": "ECE",
+    "f1_macro": "F1, macro",
+    "f1_micro": "F1, micro",
+    "hierarchical_f1": "hierarchical F1",
+    "map_at_r": "mAP@R",
+}
+
+
+def title_of(metric: str) -> str:
+    """How a reader is told a metric of `summary.json`: `"balanced accuracy"`."""
+    return TITLES.get(metric, metric.replace("_", " "))
+
+
+def meaningful(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those metrics that mean something: the quadratic kappa does only where the classes were given an order."""
+    ordered = set(ORDINAL) <= set(values)
+    return {name: value for name, value in values.items() if ordered or name != "kappa_quadratic"}
+
+
 """What is known beyond `NAMES` where the classes have an order."""
 
 

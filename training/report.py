@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
@@ -113,8 +115,14 @@ def write_report(path: Path, *, title: str, sections: Sequence[Section], images:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = breakable
     page = environment.get_template("report.html.j2").render(title=title, sections=sections, images=images)
     path.write_text(page, encoding="utf-8")
+
+
+def breakable(text: str) -> Markup:
+    """The text as HTML that may be broken after / and _, so that long names of classes do not widen a table."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(text))))
 
 
 def with_interval(value: float | None, ci: Sequence[float | None]) -> str:

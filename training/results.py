@@ -20,7 +20,6 @@ WORDS = {
     "accuracy": "share of images named right",
     "balanced_accuracy": "mean over classes of the share named right",
     "kappa": "agreement beyond chance (Cohen)",
-    "kappa_quadratic": "without meaning here: no order of the classes was given (--order)",
     "f1_macro": "mean over classes of F1",
     "auroc": "area under the ROC curve, one class against the rest, mean over classes and folds",
     "ece": "expected calibration error: how far stated probabilities are from the truth, 0 is best",
@@ -54,8 +53,8 @@ def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ())
         bins = metrics.reliability(judged.probabilities, judged.truth)
     levels = guessing(judged.truth, len(judged.classes))
     drawn = [
-        (name.replace("_", " "), m["value"], *m["ci95"], levels.get(name))
-        for name, m in judged.metrics.items()
+        (metrics.title_of(name), m["value"], *m["ci95"], levels.get(name))
+        for name, m in metrics.meaningful(judged.metrics).items()
         if name in levels and m["value"] is not None
     ]
     figures.intervals(drawn, folder / "metrics.png", "value; 1 is best")
@@ -75,7 +74,10 @@ def figures_of(judged: Judged, folder: Path, results: Sequence[FoldResult] = ())
 def metrics_table(values: dict[str, Any], caption: str) -> report.Table:
     words = WORDS | ORDINAL_WORDS if set(metrics.ORDINAL) <= set(values) else WORDS
     words = LABEL_SET_WORDS if "hamming" in values else words
-    rows = [[name, report.with_interval(m["value"], m["ci95"]), words.get(name, "")] for name, m in values.items()]
+    rows = [
+        [metrics.title_of(name), report.with_interval(m["value"], m["ci95"]), words.get(name, "")]
+        for name, m in metrics.meaningful(values).items()
+    ]
     return report.Table(["metric", "value [95 % interval]", "meaning"], rows, caption)
 
 

@@ -21,7 +21,7 @@ from training.calibration import (
     scaled_by_fold,
     squared_errors,
 )
-from training.metrics import BINS, bin_gaps
+from training.metrics import BINS, bin_gaps, meaningful, title_of
 from training.probabilities import calibrated, temperature_for
 from training.report import Block, Section, Table, Text, with_interval
 
@@ -193,9 +193,7 @@ def _sets(found: Predictions, units: Units, _prevalence: Sequence[float]) -> Par
 
 
 def _levels(tree: Mapping[str, Metric]) -> list[Block]:
-    own = [
-        [name.replace("_", " "), with_interval(tree[name]["value"], tree[name]["ci95"])] for name in hierarchical.NAMES
-    ]
+    own = [[title_of(name), with_interval(tree[name]["value"], tree[name]["ci95"])] for name in hierarchical.NAMES]
     levels = list(dict.fromkeys(name.split("/")[0] for name in tree if "/" in name))
     blocks: list[Block] = [
         Text(
@@ -205,11 +203,8 @@ def _levels(tree: Mapping[str, Metric]) -> list[Block]:
         Table(["metric", "value [95 % interval]"], own, "Hierarchical metrics (Kiritchenko et al., 2005)"),
     ]
     for level in levels:
-        rows = [
-            [name.split("/")[1], with_interval(m["value"], m["ci95"])]
-            for name, m in tree.items()
-            if name.startswith(f"{level}/")
-        ]
+        at_level = {name.split("/")[1]: m for name, m in tree.items() if name.startswith(f"{level}/")}
+        rows = [[title_of(name), with_interval(m["value"], m["ci95"])] for name, m in meaningful(at_level).items()]
         caption = f"Level {level.removeprefix('level_')} of the tree alone, probabilities of its branches summed"
         blocks.append(Table(["metric", "value [95 % interval]"], rows, caption))
     return blocks

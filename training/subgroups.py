@@ -187,7 +187,7 @@ def blocks(results: Mapping[str, ByColumn]) -> list[Block]:
             ]
             for name, part in table["parts"].items()
         ]
-        found.append(Table([column, "images", "groups", *(m.replace("_", " ") for m in SHOWN)], rows, f"By {column}"))
+        found.append(Table([column, "images", "groups", *map(metrics.title_of, SHOWN)], rows, f"By {column}"))
         found.append(Text(_sentence(column, table["gap"])))
     return found
 

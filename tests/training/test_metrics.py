@@ -12,7 +12,7 @@ from scipy.stats import norm, t
 from sklearn import metrics as sk
 
 from training.bootstrap import tail_share
-from training.metrics import NAMES, auroc, confusion, ece, reliability, summarise
+from training.metrics import NAMES, auroc, confusion, ece, meaningful, reliability, summarise, title_of
 
 Arrays = dict[str, Any]
 
@@ -315,3 +315,10 @@ def test_a_thousand_resamples_of_a_thousand_rows_take_seconds() -> None:
     start = time.perf_counter()
     summarise(**data, resamples=1000)
     assert time.perf_counter() - start < 5
+
+
+def test_the_quadratic_kappa_is_told_only_where_classes_have_an_order() -> None:
+    values = {"accuracy": 1.0, "kappa_quadratic": 0.5}
+    assert meaningful(values) == {"accuracy": 1.0}
+    assert meaningful(values | {"mean_level_error": 0.1}) == values | {"mean_level_error": 0.1}
+    assert [title_of(name) for name in ("auroc", "balanced_accuracy")] == ["AUROC", "balanced accuracy"]

@@ -15,7 +15,7 @@ from PIL import Image
 from training import report
 from training.report import Block, Code, Figure, Section, Table, Text, write_report
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "wbr", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
@@ -167,3 +167,9 @@ def test_a_value_is_written_with_its_interval() -> None:
 
 def test_the_template_is_a_resource_of_the_package() -> None:
     assert resources.files("training").joinpath("report.html.j2").is_file()
+
+
+def test_long_names_in_a_table_may_be_broken_and_are_not_changed(tmp_path: Path) -> None:
+    html = written(tmp_path, Table(["class", "n"], [["abnormal/severe_dysplasia", "<2/3"]], "Classes"))
+    assert "abnormal/<wbr>severe_<wbr>dysplasia" in html
+    assert "abnormal/severe_dysplasia" in Page(html).words and "<2/3" in Page(html).words
