@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training import figures, report
+from training.metrics import title_of
 
 SHOWN = ("balanced_accuracy", "auroc", "kappa")
 
@@ -24,14 +25,17 @@ def budget_section(folder: Path, budgets: Mapping[str, Mapping[str, Any]]) -> re
     for name in SHOWN:
         found = [budgets[share]["metrics"].get(name) for share in shares]
         if all(metric is not None and metric["value"] is not None for metric in found):
-            series[name] = ([m["value"] for m in found], [m["ci95"] for m in found])
+            series[title_of(name)] = ([m["value"] for m in found], [m["ci95"] for m in found])
     figures.with_bands(groups, series, folder / "budget.png", "groups trained on (per fit)", "value")
     rows = [
         [
             f"{float(share):.0%}",
             f"{budgets[share]['train_groups']:.0f}",
             f"{budgets[share]['train_images']:.0f}",
-            *(report.with_interval(m["value"], m["ci95"]) for m in (budgets[share]["metrics"][n] for n in series)),
+            *(
+                report.with_interval(m["value"], m["ci95"])
+                for m in (budgets[share]["metrics"][n] for n in SHOWN if title_of(n) in series)
+            ),
         ]
         for share in shares
     ]
@@ -40,9 +44,9 @@ def budget_section(folder: Path, budgets: Mapping[str, Mapping[str, Any]]) -> re
         "How much labels help",
         [
             report.Text(
-                f"The same fits with fewer labelled groups to train on, judged on the same images: from {shares[0]} to "
-                f"{shares[-1]} of the groups, balanced accuracy goes from {first:.3f} to {last:.3f}. A smaller share "
-                "lies within a larger one; whole groups only."
+                "The same fits with fewer labelled groups to train on, judged on the same images: from "
+                f"{float(shares[0]):.0%} to {float(shares[-1]):.0%} of the groups, balanced accuracy goes from "
+                f"{first:.3f} to {last:.3f}. A smaller share lies within a larger one; whole groups only."
             ),
             report.Table(["share", "groups", "images", *series], rows, "Shares of the training groups"),
             report.Figure(

@@ -13,7 +13,7 @@ from training import figures, report
 from training.compare import LESS, Adjusted, Comparison, Difference
 from training.configs import Unit
 from training.judgement import Judged
-from training.metrics import title_of
+from training.metrics import meaningful, title_of
 from training.results import LABEL_SET_WORDS, WORDS, result_section
 
 HEADLINE = "balanced_accuracy"
@@ -62,7 +62,7 @@ def draw_differences(path: Path, rivals: Mapping[str, Rival]) -> None:
         return tuple(np.nan if v is None else v for v in (one["difference"], low, high))  # type: ignore[return-value]
 
     series = {
-        f"against {name}": {_axis(metric): ends(d) for metric, d in rival.comparison["metrics"].items()}
+        f"against {name}": {_axis(metric): ends(d) for metric, d in meaningful(rival.comparison["metrics"]).items()}
         for name, rival in rivals.items()
     }
     path.parent.mkdir(exist_ok=True)
@@ -145,14 +145,14 @@ def _corrected(comparisons: int) -> list[str]:
 def _differences_table(name: str, own: Mapping[str, Any], other: str, rival: Rival, comparisons: int) -> report.Table:
     rows = [
         [
-            metric,
+            title_of(metric),
             report.with_interval(own[metric]["value"], own[metric]["ci95"]),
             report.with_interval(rival.metrics[metric]["value"], rival.metrics[metric]["ci95"]),
             _signed(d["difference"], d["ci95"]),
             p_words(d["p"]),
             *([p_words(d["p_holm"])] if comparisons > 1 else []),
         ]
-        for metric, d in rival.comparison["metrics"].items()
+        for metric, d in meaningful(rival.comparison["metrics"]).items()
     ]
     headers = ["metric", name, other, "difference [95 % interval]", "p", *_corrected(comparisons)]
     caption = f"{name} against {other}"
