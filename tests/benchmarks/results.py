@@ -158,7 +158,8 @@ def budgets() -> str:
     lines, prices = [f"| set | first weights | task | {head} |", "|---" * (3 + len(BUDGETS)) + "|"], []
     rows = [(name, *row) for name in STUDIES for row in transfers(name)]
     rows += [("chest_ct", *chest(label)) for label in ("ImageNet", "none")]
-    rows.append(("chest_ct", "SSL", "linear", CACHE / "chest_ct-pretext-mae-linear", ["--label-fraction"]))
+    for label, method in (("SSL, 72 px", "mae"), ("none, 72 px", "none")):
+        rows.append(("chest_ct", label, "linear", CACHE / f"chest_ct-pretext-{method}-linear", ["--label-fraction"]))
     for name, label, task, folder, command in rows:
         if "--label-fraction" not in command or not (folder / "summary.json").exists():
             continue
