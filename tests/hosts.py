@@ -48,6 +48,7 @@ set -e
 mount --bind "$1/{name}" "$1/ray"
 mount -t tmpfs -o size=1g tmpfs /dev/shm
 mount --bind "$1/{name}.hosts" /etc/hosts
+mount --bind "$1/resolv.conf" /etc/resolv.conf
 echo {name} > /proc/sys/kernel/hostname
 echo ready
 while :; do sleep infinity & wait; done
@@ -361,6 +362,7 @@ class Hosts:
     def _add(self, number: int, subnet: ipaddress.IPv4Network) -> None:
         name, address, link = f"host{number}", str(subnet[number]), f"{self._bridge}-{number}"
         (self.folder / name).mkdir()
+        (self.folder / "resolv.conf").touch()  # a name server that cannot be reached costs gloo ten seconds a start
         names = [f"{subnet[other]} host{other}" for other in range(1, self._count + 1)]
         (self.folder / f"{name}.hosts").write_text("\n".join(["127.0.0.1 localhost", *names]) + "\n")
         holder = subprocess.Popen(

@@ -67,7 +67,7 @@ class Team:
         return own | ({self.on: 1.0} if self.on else {})
 
     def without(self, going: set[str]) -> Team:
-        """This team while these nodes are being taken away: Ray Train would wait for room on them as long as they live.
+        """This team when these nodes are taken away: Ray Train would ask for room on them, or has not heard yet.
 
         One that is not elastic does wait, for a node in their place.
         """
@@ -182,7 +182,7 @@ def _follow(
 
     def fit() -> None:
         try:
-            _trainer(job, team.without(_draining()), out, desk.name).fit()
+            _trainer(job, team.without(hosts.going), out, desk.name).fit()
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
@@ -349,6 +349,8 @@ class _Hosts:
 
     def __init__(self, team: Team) -> None:
         self._growth = _Growth(team)
+        self.going: set[str] = set()
+        """Nodes that were seen to be taken away; Ray ends one by itself when nothing runs on it any more."""
         self._looked = time.monotonic()
         self._asked = 0
 
@@ -357,10 +359,11 @@ class _Hosts:
             return False
         self._looked = time.monotonic()
         going = _draining()
+        self.going |= going
         leaving = bool(going & {place.node for place, _, _, _ in seen["pulses"].values()})
         if leaving:
             say("a host is about to be taken away: a checkpoint first, then training goes on without it")
-        if leaving or self._growth.wanted(seen, going):
+        if leaving or self._growth.wanted(seen, self.going):
             self._asked = seen["group"]
         return bool(self._asked == seen["group"])
 

@@ -282,6 +282,9 @@ def test_a_host_that_is_about_to_go_is_told_once_to_a_group_that_has_a_rank_on_i
     assert hosts.changed(now)
     assert "about to be taken away" in capsys.readouterr().err
     assert not hosts.changed(now), "it has been told"
+    going.clear()
+    assert hosts.going == {"node", "another"}, "they may be gone, and still count for Ray Train"
+    going["node"] = 0
     assert hosts.changed(now | {"group": 2}), "the next group has a rank there again"
 
 
@@ -311,7 +314,7 @@ def test_the_growth_of_a_cluster_is_tried_once(going: dict[str, int], monkeypatc
     nodes[1]["Alive"], going["b"] = True, 0
     time.sleep(0.25)
     assert not hosts.changed(alone), "it is being taken away"
-    going.clear()
+    nodes.append({"NodeID": "c", "Alive": True, "Resources": {"CPU": 1.0}})
     assert not hosts.changed(alone), "Ray Train does not know of it yet"
     time.sleep(0.25)
     assert hosts.changed(alone)
