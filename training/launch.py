@@ -289,7 +289,7 @@ class _Watchdog:
         self._acted = time.monotonic()
 
     def look(self, seen: dict[str, Any]) -> None:
-        if not seen["group"] or time.monotonic() - self._acted < WATCH_S:
+        if not seen or not seen["group"] or time.monotonic() - self._acted < WATCH_S:
             return
         suspects = stuck(seen, self._patience)
         if not suspects:

@@ -320,3 +320,8 @@ def test_the_growth_of_a_cluster_is_tried_once(going: dict[str, int], monkeypatc
     assert hosts.changed(alone)
     assert not hosts.changed(alone | {"group": 2}), "Ray did not take it up: asking again would only restart the run"
     assert not hosts.changed(alone | {"group": 3, "world": 2})
+
+
+def test_before_the_desk_was_heard_nothing_hangs_and_no_host_has_changed() -> None:
+    launch._Watchdog(1.0).look({})
+    assert not launch._Hosts(Team(1, 2, "cpu")).changed({})
