@@ -87,6 +87,7 @@ OF_CONFUSION: dict[str, Callable[[ArrayLike], Floats]] = {
 }
 NAMES = (*OF_CONFUSION, "auroc", "ece")
 ORDINAL = ("mean_level_error",)
+"""What is known beyond `NAMES` where the classes have an order."""
 TITLES = {
     "auroc": "AUROC",
     "ece": "ECE",
@@ -106,9 +107,6 @@ def meaningful(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those metrics that mean something: the quadratic kappa does only where the classes were given an order."""
     ordered = set(ORDINAL) <= set(values)
     return {name: value for name, value in values.items() if ordered or name != "kappa_quadratic"}
-
-
-"""What is known beyond `NAMES` where the classes have an order."""
 
 
 # --- Metrics of probabilities --------------------------------------------------------------------------------------
