@@ -276,10 +276,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 def _described(name: str) -> dict[str, Any]:
     example = {"application/json": {"example": EXAMPLES[name]}}
-    return {"responses": {200: {"content": example}, **ERRORS}, "openapi_extra": BODY, "dependencies": [KEY]}
+    return {"responses": {200: {"content": example}, **ERRORS}, "openapi_extra": BODY}
 
 
-KEY = Security(HTTPBearer(auto_error=False, description="Where the server has keys, as beyond loopback; see `Door`."))
+KEY = Security(HTTPBearer(auto_error=False, description="One of the server's keys."))
 """For the OpenAPI document only: it is the door that asks for the key."""
 
 Neighbours = Annotated[int, Query(ge=1, le=MOST_HITS, description="Neighbours wanted.")]
@@ -428,8 +428,12 @@ async def images_of(request: Request) -> list[bytes]:
     return files
 
 
-def create_app(service: Service, backend: Backend) -> FastAPI:
-    """The application: /v1/classify, /v1/search, /v1/embed, /v1/model, /healthz, /readyz and the page."""
+def create_app(service: Service, backend: Backend, *, keyed: bool = False) -> FastAPI:
+    """The application: /v1/classify, /v1/search, /v1/embed, /v1/model, /healthz, /readyz and the page.
+
+    Args:
+        keyed: whether the door before it asks for a key, which the OpenAPI document then says.
+    """
     app = FastAPI(
         title="Rayograph",
         description="Classification of medical images and search for similar ones. Research use, not a medical device.",
@@ -439,25 +443,26 @@ def create_app(service: Service, backend: Backend) -> FastAPI:
         redirect_slashes=False,  # the redirect would name whatever host the request did
     )
     desk = Desk(service, backend)
+    key = [KEY] if keyed else []
 
-    @app.post("/v1/classify", response_model=Classified | Many, **_described("classify"))
+    @app.post("/v1/classify", response_model=Classified | Many, dependencies=key, **_described("classify"))
     async def classify(request: Request) -> Response:
         """What is this? Calibrated probabilities of the classes."""
         return await desk.answer(request, desk.classify)
 
-    @app.post("/v1/search", response_model=Found | Many, **_described("search"))
+    @app.post("/v1/search", response_model=Found | Many, dependencies=key, **_described("search"))
     async def search(
         request: Request, k: Neighbours = 10, not_group: Excluded = None, labelled: Labelled = False
     ) -> Response:
         """Show known images like it."""
         return await desk.answer(request, lambda image: desk.search(image, k, not_group, labelled))
 
-    @app.post("/v1/embed", response_model=Embedded | Many, **_described("embed"))
+    @app.post("/v1/embed", response_model=Embedded | Many, dependencies=key, **_described("embed"))
     async def embed(request: Request) -> Response:
         """The feature vector of an image."""
         return await desk.answer(request, desk.embed)
 
-    @app.get("/v1/model", response_model=Answer, responses={401: ERRORS[401]}, dependencies=[KEY])
+    @app.get("/v1/model", response_model=Answer, responses={401: ERRORS[401]}, dependencies=key)
     async def model() -> dict[str, Any]:
         """What is served: model, index and limits."""
         shown = {"classes": list(service.classes), "metrics": service.metrics, "image_size": _size(service)}

@@ -168,7 +168,7 @@ class Ingress:
         await parts.ready()
         if index is not None:
             service = replace(service, index=await index.facts.remote())
-        self.door = Door(create_app(service, parts), listen.limits, listen.key_hashes)
+        self.door = Door(create_app(service, parts, keyed=bool(listen.key_hashes)), listen.limits, listen.key_hashes)
         self.socket = bound(listen.host, listen.port)
         settings = uvicorn.Config(
             self.door,

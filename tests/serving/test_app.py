@@ -439,6 +439,15 @@ def test_the_document_has_examples_and_every_status() -> None:
         assert set(example) == set(EXAMPLES[verb]) == set(asked(f"/v1/{verb}").json())
         assert {"multipart/form-data", "application/octet-stream"} <= set(operation["requestBody"]["content"])
         assert operation["summary"] and operation["description"]
-        assert operation["security"] == [{"HTTPBearer": []}]
-    assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert json.dumps(document).count("HTTPValidationError") == 0
+
+
+def test_the_document_asks_for_a_key_exactly_where_the_server_has_keys() -> None:
+    plain, keyed = (create_app(service(), Fake(), keyed=keyed).openapi() for keyed in (False, True))
+    scheme = keyed["components"]["securitySchemes"]["HTTPBearer"]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert "securitySchemes" not in plain["components"]
+    for path, method in [("/v1/model", "get"), *((f"/v1/{verb}", "post") for verb in VERBS)]:
+        assert keyed["paths"][path][method]["security"] == [{"HTTPBearer": []}]
+        assert "security" not in plain["paths"][path][method]
+    assert "security" not in keyed["paths"]["/healthz"]["get"]

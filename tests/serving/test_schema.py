@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import schemathesis
@@ -19,12 +20,22 @@ IMAGES = [encoded(picture(16, 16, seed=seed), kind) for seed, kind in enumerate(
 for kind in ("application/octet-stream", "image/png", "image/jpeg", "image/tiff", "image/bmp", "image/webp"):
     schemathesis.openapi.media_type(kind, st.sampled_from(IMAGES))
 
-served = Door(create_app(service(), Fake()), Limits(body_bytes=1 << 20, seconds=20, requests=8))
-document = schemathesis.openapi.from_asgi("/openapi.json", served)
+KEY = "a-key-of-the-tests"
+LIMITS = Limits(body_bytes=1 << 20, seconds=20, requests=8)
+free = Door(create_app(service(), Fake()), LIMITS)
+keyed = Door(create_app(service(), Fake(), keyed=True), LIMITS, (hashlib.sha256(KEY.encode()).digest(),))
+document, document_of_keyed = (schemathesis.openapi.from_asgi("/openapi.json", served) for served in (free, keyed))
 
 
 @document.parametrize()
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_one_that_the_document_announces(case: schemathesis.Case[Any]) -> None:
     case.call_and_validate()
-    assert (served.held, served.inside) == (0, 0)
+    assert (free.held, free.inside) == (0, 0)
+
+
+@document_of_keyed.parametrize()
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_where_the_document_asks_for_a_key_no_answer_comes_without_one(case: schemathesis.Case[Any]) -> None:
+    case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"})
+    assert (keyed.held, keyed.inside) == (0, 0)
