@@ -335,6 +335,8 @@ def test_beyond_loopback_a_key_is_needed_and_ctrl_c_ends_every_process(parts: Pa
                 running.post("/v1/classify", image, **headers)
             assert caught.value.code == 401
         assert running.post("/v1/classify", image, Authorization=f"Bearer {key}")["classes"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/openapi.json", timeout=30) as answer:
+            assert json.load(answer)["paths"]["/v1/classify"]["post"]["security"] == [{"HTTPBearer": []}]
         assert key not in running.process.said()
         began = time.monotonic()
         running.process.signal(signal.SIGINT)
