@@ -45,7 +45,7 @@ def about_network(card: ModelCard) -> dict[str, str]:
         "category": "Deep learning, image classification.",
         "goal": f"To tell apart {len(card.classes)} classes: {', '.join(card.classes)}.",
         "model": f"timm {network.name}, {network.height} x {network.width} pixels, {network.channels} channels, in; "
-        f"{len(card.classes)} probabilities out.",
+        f"{len(card.classes)} probabilities out. {card.input.told}".rstrip(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
         "artifact": "The run's folder model/: weights, architecture, preparation of images, model card.",
         "unsuited": "Unreadable images are refused with a reason; images unlike the training set are marked as such.",

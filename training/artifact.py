@@ -28,14 +28,16 @@ from training.nearby import nearby
 from training.probabilities import ACTIVATIONS, Activation, calibrated
 from training.tasks.nearness import METRIC, load_metric
 from training.tasks.progressive import Progressive
-from training.transform import Input, evaluation_view
+from training.transform import TTA, VIEWS_CODE, Input, evaluation_view, over_views
 
 if TYPE_CHECKING:
     from training.tasks.chains import Hierarchy
     from training.tasks.inputs import Inputs
 
-FORMAT = 2
-"""The newest that is read."""
+FORMAT = 3
+"""The newest that is read, which models with `Input.tta` have."""
+HEADED = 2
+"""What is written for kinds of heads and of features that the first code did not know."""
 OLDER = 1
 """What is written where the code that knows no other reads it rightly."""
 WEIGHTS, HEAD, HIERARCHY = "model.safetensors", "head.skops", "hierarchy.safetensors"
@@ -76,9 +78,21 @@ class ModelCard:
         column = self.lineage.get("inputs", {}).get("column")
         return None if column is None else str(column)
 
+    def snippet(self, weights: str) -> str:
+        """The lines that load the network without Rayograph, from a file of that name."""
+        lines = self.architecture.snippet(weights, len(self.classes) if self.head == "network" else 0)
+        return "\n".join([lines, VIEWS_CODE[self.input.tta]]).rstrip()
+
+    @property
+    def format(self) -> int:
+        """The oldest that code must know to read this model rightly."""
+        if self.input.tta != "none":
+            return FORMAT
+        return HEADED if self.head in {"hierarchy", "metric"} or not self.features.plain else OLDER
+
     def as_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT if self.head in {"hierarchy", "metric"} or not self.features.plain else OLDER,
+            "format": self.format,
             "architecture": self.architecture.as_dict(),
             "image_path": self.image_path.as_dict(),
             "input": self.input.as_dict(),
@@ -225,9 +239,12 @@ def features_of(
     return np.concatenate(parts)
 
 
-def forward(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pooled features [B, D], logits [B, K] or the features again) of a timm network."""
-    features = pooled(network, images)
+def forward(network: nn.Module, images: torch.Tensor, tta: TTA = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """(pooled features [B, D], logits [B, K] or the features again) of a timm network.
+
+    Features are the mean over the views of `tta`; a linear classifier's logits of it are the mean of the views' logits.
+    """
+    features = over_views(lambda view: pooled(network, view), images, tta)
     return features, network.get_classifier()(features)  # type: ignore[operator]
 
 

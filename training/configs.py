@@ -278,6 +278,8 @@ class TransferConfig(Config):
     "Largest random change of contrast and brightness, as a share."
     modality: Modality = "auto"
     "Kind of images: random changes that are safe for it, instead of --min-crop, --flip, --turns and --jitter."
+    tta: Literal["none", "flip", "turns"] = "none"
+    "Test-time augmentation: judge each image also mirrored, or in all its 8 quarter turns, and average."
     image_size: str = "auto"
     "N or HxW; auto is the size of the initial weights' model."
     workers: str = "auto"
@@ -325,7 +327,14 @@ class TransferConfig(Config):
         self._require("layers", named, "give last, all, or numbers such as 1 3 -1")
         self._check_metric()
         self._check_hierarchy()
+        self._check_views()
         _refuse_beside_modality(self)
+
+    def _check_views(self) -> None:
+        if self.tta == "none":
+            return
+        self._require("tta", self.task != "metric", "an embedding of --task metric is of one view: leave it out")
+        self._require("tta", self.features in {"deep", "fused", "both"}, "radiomics need no views")
 
     def _only_of(self, task: Task, *names: str) -> None:
         """Fields that other tasks do not read are as they were declared."""

@@ -42,7 +42,7 @@ from training.tasks.learners import SmallNetwork, classifier_of
 from training.tasks.nearness import Nearness
 from training.tasks.progressive import Progressive
 from training.tasks.structures import Chain
-from training.transform import Input, to_tensor
+from training.transform import TTA, VIEWS, Input, to_tensor
 
 OPSET = 18
 TOLERANCE = 1e-4
@@ -192,6 +192,11 @@ def _refuse_own(config: ExportConfig, model: Model) -> None:
             f"{config.model}: its network, {name}, is Rayograph's own, which timm elsewhere does not know; "
             "use --to onnx"
         )
+    if config.to == "timm" and model.card.input.tta != "none":
+        raise UsageError(
+            f"{config.model}: averages over {VIEWS[model.card.input.tta]} views of an image (--tta), for which a timm "
+            "model has no place; use --to onnx"
+        )
 
 
 def _plan_of_hierarchy(config: ExportConfig, model: Model, hierarchy: Hierarchy) -> Plan:
@@ -312,7 +317,7 @@ class Graph(nn.Module):
         self.card = plan.model.card
         self._keep("mean", np.reshape(plan.input.mean, (1, -1, 1, 1)))
         self._keep("std", np.reshape(plan.input.std, (1, -1, 1, 1)))
-        self.chain = None if plan.chain is None else Questions(plan.chain)
+        self.chain = None if plan.chain is None else Questions(plan.chain, self.card.input.tta)
         if plan.probe is not None:
             for name in ("mean", "scale", "weight", "bias"):
                 self._keep(f"probe_{name}", getattr(plan.probe, name))
@@ -326,7 +331,7 @@ class Graph(nn.Module):
             features = self.metric(shown)[-1]
             logits = self.nearness.logits(features)
         else:
-            features, logits = forward(self.network, shown)
+            features, logits = forward(self.network, shown, self.card.input.tta)
         if not self.classifies:
             return (features,)
         if self.chain is not None:
@@ -342,9 +347,9 @@ class Questions(nn.Module):
 
     paths: Tensor
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, tta: TTA) -> None:
         super().__init__()
-        self.chain = chain
+        self.chain, self.tta = chain, tta
         self.asked = nn.ModuleList(chain.modules)
         self.register_buffer("paths", torch.tensor(paths(chain.tree), dtype=torch.float32))
 
@@ -354,7 +359,8 @@ class Questions(nn.Module):
             if isinstance(module, SmallNetwork):
                 said.append(module(features))
             else:
-                said.append(forward(module, images)[1] if number else classifier_of(module)(features))
+                seen = forward(module, images, self.tta)[1] if number else classifier_of(module)(features)
+                said.append(seen)
         parts = []
         for node, head in zip(self.chain.tree.nodes, self.chain.heads, strict=True):
             if head.module < 0:

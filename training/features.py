@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from training.layers import LAST, layer_features, resolved
-from training.transform import Input, evaluation_view
+from training.transform import Input, evaluation_view, over_views
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def deep(
     for at in range(0, len(pixels), batch_size):
         with torch.inference_mode():
             images = evaluation_view(pixels[at : at + batch_size], wanted, device)
-            found = layer_features(network, images, features.layers).float().cpu().numpy()
-        yield found
+            found = over_views(lambda view: layer_features(network, view, features.layers), images, wanted.tta)
+        yield found.float().cpu().numpy()
 
 
 def radiomic(pixels: np.ndarray, stored: tuple[int, int]) -> np.ndarray:

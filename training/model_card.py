@@ -175,7 +175,7 @@ def _loading(card: ModelCard) -> list[str]:
         "With timm alone" + (":" if own else f", the features that `{HEADS.get(card.head, (HEAD,))[0]}` works on:"),
         "",
         "```python",
-        card.architecture.snippet(WEIGHTS, len(card.classes) if own else 0),
+        card.snippet(WEIGHTS),
         "```",
     ]
 

@@ -248,7 +248,7 @@ _HEADS = {"estimator": f"the classifier is in {HEAD}", "metric": f"the embedding
 def _done(facts: Facts) -> str:
     """What was trained on what, in words."""
     config, layers = facts.config, facts.card.features.layers
-    found = [TASKS.get(config.task, config.task)]
+    found = [TASKS.get(config.task, config.task), *filter(None, [facts.card.input.told])]
     if layers and layers != (LAST,):
         found.append(f"Its numbers are of these layers, counted from the input: {', '.join(layers)}.")
     if config.features in FEATURES:
@@ -272,7 +272,7 @@ def _model(facts: Facts) -> list[report.Block]:
             + ("it" if own else f"the network alone ({head})")
             + " with timm:"
         ),
-        report.Code(card.architecture.snippet(f"model/{WEIGHTS}", len(card.classes) if own else 0)),
+        report.Code(card.snippet(f"model/{WEIGHTS}")),
     ]
 
 

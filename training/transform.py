@@ -4,9 +4,10 @@ prediction, indexing and serving; and the random views of training."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,24 @@ from torch import Tensor
 
 from training import keyed
 from training.images import to_channels
+
+TTA = Literal["none", "flip", "turns"]
+"""Test-time augmentation: no other view, the mirrored one too, or also each of them turned by quarter turns."""
+VIEWS: dict[TTA, int] = {"none": 1, "flip": 2, "turns": 8}
+
+
+VIEWS_CODE: dict[TTA, str] = {
+    "none": "",
+    "flip": "# features are the mean over x and x.flip(3)",
+    "turns": "# features are the mean over torch.rot90(y, k, (2, 3)) for k in range(4), of y = x and y = x.flip(3)",
+}
+"""For those who load the network elsewhere."""
+
+
+def _tta(name: str) -> TTA:
+    if name not in VIEWS:
+        raise ValueError(f"tta {name!r}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,8 @@ class Input:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    tta: TTA = "none"
+    """In which views of an image, see `over_views`, features are taken and averaged."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -34,6 +55,7 @@ class Input:
             "channels": self.channels,
             "mean": list(self.mean),
             "std": list(self.std),
+            **({} if self.tta == "none" else {"tta": self.tta}),
         }
 
     @classmethod
@@ -44,7 +66,20 @@ class Input:
             int(values["channels"]),
             tuple(map(float, values["mean"])),
             tuple(map(float, values["std"])),
+            _tta(values.get("tta", "none")),
         )
+
+    @property
+    def told(self) -> str:
+        """A sentence on the views, for reports; empty where there is one."""
+        how = {
+            "none": "",
+            "flip": "as it is and mirrored",
+            "turns": "as it is, mirrored, and both in all quarter turns",
+        }
+        if self.tta == "none":
+            return ""
+        return f"Features are the mean over {VIEWS[self.tta]} views of an image: {how[self.tta]}."
 
     def normalise(self, images: Tensor) -> Tensor:
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
@@ -79,6 +114,16 @@ def _resize(images: Tensor, height: int, width: int) -> Tensor:
         return images
     resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return resized.clamp_(0, 1)
+
+
+def over_views(look: Callable[[Tensor], Tensor], images: Tensor, tta: TTA) -> Tensor:
+    """The mean of `look` over the views of images [B, C, h, w]: as they are; and mirrored left to right (flip); and all
+    that also turned by 90, 180 and 270 degrees (turns), eight in all, for which h must be w."""
+    mirrored = (images, images.flip(3)) if tta != "none" else (images,)
+    views = [torch.rot90(one, turn, (2, 3)) for one in mirrored for turn in range(4 if tta == "turns" else 1)]
+    if len(views) == 1:
+        return look(images)
+    return torch.stack([look(view).float() for view in views]).mean(dim=0)
 
 
 VIEW, LOOK = 8, 9

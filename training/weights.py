@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from training.configs import TRAINED, PretrainConfig, TransferConfig, parse_size
 from training.dataset import Dataset
 from training.encoder import Architecture, architecture_for, check_divides, check_model, seed_weights
 from training.nearby import nearby
-from training.transform import Input
+from training.transform import TTA, Input
 
 IMAGENET_MODEL = "efficientnet_lite0"
 IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -56,6 +56,8 @@ class Wanted:
     """Channels, mean and standard deviation of the data."""
     extra: tuple[tuple[str, Any], ...] = ()
     """Further arguments of the timm constructor, such as drop_path_rate."""
+    tta: TTA = "none"
+    """As in `Input`."""
 
 
 def wanted_for(config: PretrainConfig | TransferConfig, dataset: Dataset, device: str) -> Wanted:
@@ -74,6 +76,7 @@ def wanted_for(config: PretrainConfig | TransferConfig, dataset: Dataset, device
         mean=tuple(dataset.info["mean"]),
         std=tuple(dataset.info["std"]),
         extra=extra,
+        tta=config.tta if isinstance(config, TransferConfig) else "none",
     )
 
 
@@ -87,8 +90,18 @@ def initial_weights(wanted: Wanted) -> Initial:
     """The network that `--init` names, adapted to the channels and size wanted.
 
     Raises:
-        UsageError: the name means nothing, the weights cannot be had or do not fit.
+        UsageError: the name means nothing, the weights cannot be had or do not fit, or the views need a square.
     """
+    found = _found(wanted)
+    if wanted.tta == "turns" and found.input.height != found.input.width:
+        raise UsageError(
+            f"--tta turns needs a square input, this one has {found.input.height}x{found.input.width} pixels; give "
+            "--image-size N, or --tta flip"
+        )
+    return replace(found, input=replace(found.input, tta=wanted.tta))
+
+
+def _found(wanted: Wanted) -> Initial:
     if wanted.init == "none":
         return _from_seed(wanted)
     if wanted.init == "imagenet":

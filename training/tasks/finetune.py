@@ -114,12 +114,13 @@ def fine_tune(
     optimizer = torch.optim.AdamW(layer_groups(network, recipe, initial), lr=recipe.lr)
     if objective is None:
         objective = objective_for(truth[train], recipe.classes, recipe.label_smoothing)
+    once = replace(initial.input, tta="none")  # views multiply what judging costs; to choose the epoch one is enough
     best, best_loss, best_epoch, history = None, float("inf"), recipe.epochs, []
     for epoch in range(stop_after or recipe.epochs):
         loss = _one_epoch(recipe, network, optimizer, initial.input, objective, pixels, truth, train, epoch, key)
         row = {"epoch": epoch + 1, "loss": loss}
         if len(held):
-            _, logits = predict(network, initial.input, pixels[held], recipe.device)
+            _, logits = predict(network, once, pixels[held], recipe.device)
             row["held_loss"] = float(objective.plain()(torch.from_numpy(logits), truth[held]))
             if row["held_loss"] < best_loss:
                 best, best_loss, best_epoch = copy.deepcopy(network.state_dict()), row["held_loss"], epoch + 1
@@ -210,11 +211,11 @@ def _one_epoch(
 
 @torch.inference_mode()
 def predict(network: nn.Module, shown: Input, pixels: np.ndarray, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N, D], logits [N, K]), both float32, by the evaluation transform."""
+    """(features [N, D], logits [N, K]), both float32, by the evaluation transform and in the views of `shown.tta`."""
     network.eval()
     features, logits = [], []
     for at in range(0, len(pixels), EVALUATION_BATCH):
-        f, z = forward(network, evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device))
+        f, z = forward(network, evaluation_view(pixels[at : at + EVALUATION_BATCH], shown, device), shown.tta)
         features.append(f.float().cpu().numpy())
         logits.append(z.float().cpu().numpy())
     return np.concatenate(features), np.concatenate(logits)
