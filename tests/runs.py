@@ -136,15 +136,17 @@ def _session(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def rayograph(*arguments: str) -> Iterator[Process]:
-    """A started `rayograph` with a Ray folder of its own; nothing of it is left after the block."""
+def rayograph(*arguments: str, address: str | None = None) -> Iterator[Process]:
+    """A started `rayograph` with a Ray folder of its own, or in the cluster at `address`; nothing of it is left after
+    the block."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray puts sockets below it
     stderr = folder / "stderr"
+    ray = {"RAY_ADDRESS": address} if address else {"RAY_TMPDIR": str(folder)}
     with stderr.open("w") as sink:
         popen = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", *arguments],
             cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(folder)},
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | ray,
             stdout=subprocess.DEVNULL,
             stderr=sink,
             text=True,

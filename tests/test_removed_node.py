@@ -1,0 +1,51 @@
+"""Pretraining on a `ray.cluster_utils.Cluster` that loses a node in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import kills
+from tests.runs import Pretrained, flags, pretrain_config, rayograph, rows_of, steps_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+DETECTION = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+
+
+@pytest.fixture
+def nodes(pretrained: Pretrained) -> Iterator[Any]:
+    """A head that reads and two nodes that train, each with an object store of its own, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 3, "resources": {"reader": 1}, "include_dashboard": False, "_system_config": DETECTION}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, resources={"trainer": 1})
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_node_that_is_removed_in_the_middle_of_an_epoch_is_done_without(
+    nodes: Any, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    config = pretrain_config(
+        Path(pretrained.config.data), tmp_path / "run", workers="1:2", receipt=str(notes), probe=False
+    )
+    more = ("--train-on", "trainer", "--read-on", "reader", "--receipt", str(notes), "--no-probe")
+    with rayograph(*flags(config), *more, address=nodes.address) as process:
+        process.until(lambda: len(steps_of(config.out)) >= 10, "10 steps on two nodes")
+        reached = len(steps_of(config.out))
+        nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        assert process.wait() == 0, process.said()
+        assert "Traceback" not in process.said()
+    starts = [row for row in rows_of(config.out) if row.get("event") == "start"]
+    assert [row["workers"] for row in starts] == [2, 1], starts
+    assert 0 < starts[1]["from_step"] < pretrained.summary["steps"] and reached < pretrained.summary["steps"]
+    kills.same_curve(config, pretrained.run, rtol=1e-4)
+    kills.as_planned(config, notes)
