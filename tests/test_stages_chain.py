@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 from sklearn.metrics import balanced_accuracy_score
 
 from cluster.errors import UsageError
@@ -228,3 +231,34 @@ def _check_lineage(run: Path, first: Path, pooled: Path, related: Path) -> None:
     with_labels = own_images(Dataset.open(related).select(labelled=True))
     assert seen_by(str(run)) == own_images(Dataset.open(pooled).select()) | with_labels
     assert labelled_by(str(run)) == with_labels
+
+
+@pytest.mark.slow
+def test_rotations_a_teacher_and_labels_make_a_chain_of_one_network(
+    phantoms: Path, related: Path, tmp_path: Path
+) -> None:
+    """Paper 2's network learns to tell turns, then what the first stage's network sees, then labels of other images."""
+    turned = pool(phantoms, method="rotation") | {"model": "parallel_resnet_tiny", "epochs": 1}
+    distilled = pool(related, name="distilled", method="distill", teacher="first", epochs=1)
+    del distilled["model"]  # it is the network of the stage before
+    chain = written(tmp_path, turned, distilled, labelled(related))
+    weights_run(tmp_path / "first", seen=own_images(Dataset.open(phantoms).select()))
+    summary = transfer(config(phantoms, tmp_path / "run", chain))
+    assert [stage["name"] for stage in summary["stages"]] == ["none", "pool", "distilled", "cric"]
+    card, _ = read_card(tmp_path / "run")
+    assert card.architecture.name == "parallel_resnet_tiny"
+    methods = [stage["config"].get("method") for stage in card.lineage["stages"]]
+    assert methods == ["rotation", "distill", None]
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in _points(tmp_path / "run")]
+    filters = [name for name, tensor in weights[0].items() if tensor.ndim == 4]
+    assert len(weights) == 3 and filters
+    for before, after in pairwise(weights):  # each stage trained what the one before had left
+        assert not any(np.array_equal(before[name], after[name]) for name in filters)
+
+
+def _points(run: Path) -> list[Path]:
+    """The RUNs of a chain's stages, the first one first."""
+    found = [run]
+    while (before := read_card(found[0])[0].lineage["initial"]["init"]) not in {"none", "imagenet"}:
+        found.insert(0, Path(before))
+    return found[:-1]
