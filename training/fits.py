@@ -15,7 +15,7 @@ from cluster import storage
 from training.fit import FoldResult
 from training.splits import Fold
 
-FORMAT = 2
+FORMAT = 3
 """Raised when what a fit computes or keeps changes: older files are then not read."""
 MORE = "more/"
 """What a file's names of `FoldResult.more` begin with."""

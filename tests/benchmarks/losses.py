@@ -26,6 +26,7 @@ from training.losses.centres import Centres, start_at
 from training.retrieval import NAMES, RANKS, Queries, summarise
 from training.splits import cross_validation
 from training.tasks.metric import balanced_batches
+from training.tasks.scaling import spread_of
 
 DIMENSION, BATCH, EPOCHS, RATE = 64, 64, 30, 1e-3
 SHOWN = (f"recall_at_{RANKS[0]}", "recall_at_8", "map_at_r")
@@ -67,7 +68,7 @@ def other_losses(data: Path, run: Path, where: tuple[str, ...], repeats: int) ->
 
 def _found(features: np.ndarray, truth: np.ndarray, groups: list[str], fold: Any, name: str) -> np.ndarray:
     known = features[fold.train]
-    x = (features - known.mean(axis=0)) / (known.std(axis=0) + 1e-6)
+    x = (features - known.mean(axis=0)) / spread_of(known)
     shown = x if name == "none" else _embedded(x, truth, fold, name)
     lengths = np.maximum(np.linalg.norm(shown, axis=1, keepdims=True), 1e-12)
     rows = shown / lengths

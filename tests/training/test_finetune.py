@@ -96,6 +96,14 @@ def test_class_weights_give_every_class_the_same_say() -> None:
     assert class_weights(np.asarray([0, 1, 0, 1]), 2).tolist() == [1, 1]
 
 
+def test_class_weights_give_every_class_its_share_of_the_say() -> None:
+    truth = np.asarray([0] * 6 + [1] * 3 + [3] * 1)
+    weights = class_weights(truth, 4, [1, 2, 9, 3]).numpy()
+    say = np.bincount(truth, minlength=4) * weights
+    assert (say / say.sum()).tolist() == pytest.approx([1 / 6, 2 / 6, 0, 3 / 6])
+    assert weights[truth].mean() == pytest.approx(1)
+
+
 @pytest.mark.parametrize(("model", "patch"), [("test_vit", 16), ("test_efficientnet", None)])
 @pytest.mark.parametrize("decay", [0.5, 0.75, 1.0])
 def test_learning_rates_fall_by_the_decay_with_every_layer_below_the_head(

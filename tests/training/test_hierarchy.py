@@ -36,6 +36,7 @@ from training.tasks.hierarchy import (
 )
 from training.tasks.inputs import one_input
 from training.tasks.learners import Answer, Learner, Networks, Question, SmallNetworks, classifier_of
+from training.tasks.objective import class_weights
 from training.tasks.structures import fit_chain
 from training.transform import Augmentation, Input
 from training.weights import Wanted, initial_weights
@@ -113,6 +114,19 @@ def test_a_node_is_calibrated_but_never_certain_of_a_handful() -> None:
     assert node_temperature(sure[:0], np.empty(0, dtype=np.int64)) == 1.0
 
 
+def test_weights_down_a_path_give_every_leaf_the_same_say() -> None:
+    """As those of a flat classifier do: else a tree whose branches are uneven starts from another belief."""
+    tree, truth = tree_of(CLASSES), np.random.default_rng(0).choice(6, 300, p=[0.4, 0.3, 0.1, 0.1, 0.05, 0.05])
+    assert [node.leaves for node in tree.nodes] == [[1, 3, 2], [1, 2], [1, 1], [1, 1]]
+    beliefs = []
+    for node in tree.nodes:
+        own = node.branch[truth]
+        own = own[own >= 0]
+        say = np.bincount(own, minlength=node.width) * class_weights(own, node.width, node.leaves).numpy()
+        beliefs.append((say / say.sum())[None])
+    np.testing.assert_allclose(chain_rule(tree, beliefs), np.full((1, 6), 1 / 6), rtol=1e-6)
+
+
 # The joint loss
 
 
@@ -134,7 +148,8 @@ def test_the_joint_loss_equals_a_loop_by_hand(smoothing: float, weights: tuple[f
                 continue
             below = [node.branch[t] for t in truth if node.branch[t] >= 0]
             counts = np.bincount(below, minlength=node.width)
-            own = [len(below) / ((counts > 0).sum() * n) if n else 0.0 for n in counts]
+            shares = [node.leaves[child] if n else 0 for child, n in enumerate(counts)]
+            own = [len(below) * s / (sum(shares) * n) if n else 0.0 for s, n in zip(shares, counts, strict=True)]
             for row, label in enumerate(batch):
                 answer = int(node.branch[label])
                 if answer < 0:

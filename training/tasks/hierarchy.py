@@ -38,6 +38,11 @@ class Node:
     def width(self) -> int:
         return len(self.children)
 
+    @property
+    def leaves(self) -> list[int]:
+        """How many classes lie below each child, or are it."""
+        return [int(n) for n in np.bincount(self.branch[self.branch >= 0], minlength=self.width)]
+
 
 @dataclass(frozen=True, eq=False)
 class Tree:
@@ -185,12 +190,13 @@ class JointObjective:
 
 
 def joint_objective(tree: Tree, truth: np.ndarray, levels: Sequence[float], smoothing: float) -> JointObjective:
-    """The joint loss of rows of class numbers [N]: the children of each node weigh alike.
+    """The joint loss of rows of class numbers [N]: the leaves weigh alike, so a child as much as it has.
 
     `levels`: the weight of each level's loss from the highest down, the last for all deeper ones; all 1 where empty.
     """
     given = list(levels) or [1.0]
     every = tuple(given[min(level, len(given) - 1)] for level in range(tree.levels))
     own = [node.branch[truth] for node in tree.nodes]
-    weights = [class_weights(found[found >= 0], node.width) for found, node in zip(own, tree.nodes, strict=True)]
+    pairs = zip(own, tree.nodes, strict=True)
+    weights = [class_weights(found[found >= 0], node.width, node.leaves) for found, node in pairs]
     return JointObjective(tree, tuple(weights), every, smoothing)

@@ -21,6 +21,7 @@ from training.configs import TransferConfig
 from training.encoder import seed_weights
 from training.schedule import parameter_groups, warmup_cosine
 from training.tasks.finetune import WARMUP, Loss, Recipe, fine_tune
+from training.tasks.scaling import FLOOR, spread_of
 from training.transform import Input
 
 Weights = Mapping[str, torch.Tensor]
@@ -170,7 +171,7 @@ class SmallNetworks:
         with torch.no_grad():
             network.classifier.weight.mul_(SMALL)
         network.mean.copy_(torch.from_numpy(shown.mean(axis=0)))
-        network.scale.copy_(torch.from_numpy(np.maximum(shown.std(axis=0), 1e-6)))
+        network.scale.copy_(torch.from_numpy(spread_of(shown)))
         if question.start is not None:
             network.load_state_dict(trunk_of(question.start, "classifier."), strict=False)
         return network
@@ -199,7 +200,8 @@ class SmallNetworks:
 
 def settled() -> dict[str, float]:
     """What small networks are made and trained with beside a config's fields: part of what their fits are known by."""
-    return {"width": WIDTH, "dropout": DROPOUT, "passes": PASSES, "rate": RATE, "decay": DECAY, "small": SMALL}
+    made = {"width": WIDTH, "dropout": DROPOUT, "small": SMALL, "floor": FLOOR}
+    return made | {"passes": PASSES, "rate": RATE, "decay": DECAY}
 
 
 def small_networks_for(config: TransferConfig, features: np.ndarray) -> SmallNetworks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,17 +36,21 @@ class Objective:
         return replace(self, smoothing=0.0)
 
 
-def objective_for(truth: np.ndarray, classes: int, smoothing: float = 0.0) -> Objective:
-    """The objective for class numbers [N], or for label sets bool [N, K]."""
+def objective_for(
+    truth: np.ndarray, classes: int, smoothing: float = 0.0, shares: Sequence[int] | None = None
+) -> Objective:
+    """The objective for class numbers [N], or for label sets bool [N, K]; `shares` as in `class_weights`."""
     several = truth.ndim == 2
-    weight = label_weights(truth) if several else class_weights(truth, classes)
+    weight = label_weights(truth) if several else class_weights(truth, classes, shares)
     return Objective(weight, several, smoothing)
 
 
-def class_weights(truth: np.ndarray, classes: int) -> torch.Tensor:
-    """Weights float32 [K] that give every class the same say: N / (K n_k); 0 for a class without rows."""
+def class_weights(truth: np.ndarray, classes: int, shares: Sequence[int] | None = None) -> torch.Tensor:
+    """Weights float32 [K] that give every class its share of the say, the same one where no `shares` [K] are given:
+    N / (K n_k), or N s_k / (sum of s) n_k; 0 for a class without rows, which counts for neither sum."""
     counts = np.bincount(truth, minlength=classes).astype(np.float64)
-    weights = np.where(counts > 0, len(truth) / (max(1, (counts > 0).sum()) * np.maximum(counts, 1)), 0.0)
+    wanted = np.where(counts > 0, np.ones(classes) if shares is None else np.asarray(shares, dtype=np.float64), 0.0)
+    weights = len(truth) * wanted / (max(1.0, wanted.sum()) * np.maximum(counts, 1))
     return torch.tensor(weights, dtype=torch.float32)
 
 

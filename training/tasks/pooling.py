@@ -22,6 +22,7 @@ from cluster.errors import UsageError
 from training.encoder import seed_weights
 from training.probabilities import from_logits
 from training.tasks.objective import objective_for
+from training.tasks.scaling import spread_of
 
 FILE = "pooling.safetensors"
 WIDTH = 64
@@ -113,7 +114,7 @@ def fit_attention(
         network.score.weight.mul_(INITIAL)
         network.classifier.weight.mul_(INITIAL)
     network.mean.copy_(shown.mean(dim=0))
-    network.scale.copy_(shown.std(dim=0, correction=0).clamp(min=1e-6))
+    network.scale.copy_(torch.from_numpy(spread_of(shown.numpy())))
     objective = objective_for(truth[train], classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     best, best_loss, best_epoch = copy.deepcopy(network.state_dict()), float("inf"), epochs

@@ -147,7 +147,7 @@ def _one_by_one(asked: _Asked, *, from_parents: bool) -> Chain:
             heads.append(Head(-1, 0, 1.0, own_guess))
             continue
         start = _weights_above(tree, number, found) if from_parents else None
-        objective = objective_for(answers[shown], node.width, learner.smoothing)
+        objective = objective_for(answers[shown], node.width, learner.smoothing, node.leaves)
         more: Any = {"start": start, "stop_after": asked.epochs[number] or None}
         place = (*asked.key, number) if number else asked.key  # the first question is fitted as `finetune` would fit it
         found[number] = learner.fit(Question(node.width, objective, answers, shown, judged, place, **more))
