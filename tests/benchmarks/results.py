@@ -278,6 +278,13 @@ def hierarchy_networks() -> str:
     return hierarchy.hierarchy_networks()
 
 
+def recipe() -> str:
+    """What beats fine-tuned ImageNet weights, see `tests.benchmarks.recipe`."""
+    from tests.benchmarks import recipe
+
+    return recipe.recipe()
+
+
 def summary(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -314,7 +321,7 @@ def main() -> int:
         print(f"{DATA}: no such folder; set RAYOGRAPH_DATA to the folder of the real images", file=sys.stderr)
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
-    for part in (unlike, svm, retrieval, distances, double, pretext, hierarchy, hierarchy_networks):
+    for part in (unlike, svm, retrieval, distances, double, pretext, hierarchy, hierarchy_networks, recipe):
         if part.__name__ in sys.argv:
             print("\n" + part())
             return 0

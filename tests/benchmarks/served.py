@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.benchmarks.sides import Row
 from training import domain, phantom
 from training.artifact import ModelCard, save_model
 from training.encoder import Architecture, architecture_for, seed_weights
@@ -33,7 +34,6 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 12
 CLIENTS = (1, 16, 64)
 PEERS = ("fastapi", "batcher", "litserve")
-Row = tuple[str, str, str, str, str]
 
 
 def models(folder: Path) -> dict[str, Path]:

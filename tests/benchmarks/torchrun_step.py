@@ -20,8 +20,6 @@ from training.loop import Job, Rank
 from training.plan import rank_slice
 from training.weights import Wanted
 
-STEPS = 80
-
 
 class Alone(Line):
     """A rank without a driver."""
@@ -36,10 +34,11 @@ class Alone(Line):
         return self._stop
 
 
-def main(data: str, result: str) -> None:
+def main(data: str, result: str, batch_size: str) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    config = PretrainConfig(data, out=tempfile.mkdtemp(), epochs=4, batch_size=64, workers="2", preset="tiny")
+    out = tempfile.mkdtemp()
+    config = PretrainConfig(data, out=out, epochs=4, batch_size=int(batch_size), workers="2", preset="tiny")
     dataset = Dataset.open(data)
     selection = dataset.select()
     plan = dataset.plan(selection, batch_size=config.batch_size, seed=config.seed)
@@ -59,7 +58,7 @@ def main(data: str, result: str) -> None:
     low, high = rank_slice(config.batch_size, rank, world)
     images = dataset.pixels(selection.take(np.arange(low, high)))
     rows = []
-    for number in range(STEPS):
+    for number in range(config.epochs * plan.batches):
         epoch, within = divmod(number, plan.batches)
         positions = within * config.batch_size + np.arange(low, high)
         batch = Batch(epoch, within, config.batch_size, positions, positions, images, 0.0, frozenset())
