@@ -234,7 +234,7 @@ class Rank:
 
         The loss is the mean over the global batch: a rank's sum, times world / rows, because DDP averages over ranks.
         """
-        began = time.monotonic()
+        began, saving = time.monotonic(), self.saver.busy
         self.line.now("step", self.position.step + 1)
         lr = self.peak_lr * warmup_cosine(self.position.step, self.total_steps, self.config.warmup)
         for group in self.optimizer.param_groups:
@@ -263,7 +263,7 @@ class Rank:
             "grad_norm": float(norm),
             "data_wait_s": batch.wait_s,
             "samples": self.position.samples,
-            "saving": self.saver.busy,
+            "saving": saving or self.saver.busy,  # a small state may be on a local disk within a step
         }
         return row, after
 

@@ -58,8 +58,9 @@ def test_a_field_of_transfer_is_searched_fixed_or_its_own_affair() -> None:
     metric = {"loss", "embedding", "margin", "centres", "steps"}  # of --task metric, which no study searches
     hierarchy = {"structure", "level_weights", "stack", "inputs", "learner", "input_column"}  # a study of its own
     preset = {"modality"}  # decides min_crop and jitter, which are searched
+    views = {"tta"}  # of the judgement, not of the training: trials are judged in one
     names = {field.name for field in fields(TransferConfig)}
-    tasks = frozen | metric | hierarchy | preset
+    tasks = frozen | metric | hierarchy | preset | views
     assert set(STUDIES["transfer"]) | set(FIXED) | run | splits | labels | judged | tasks == names
     assert set(STUDIES["transfer"]).isdisjoint(FIXED)
 

@@ -1,5 +1,9 @@
 """Masked autoencoder with self-distillation: SD-MAE (Luo et al., arXiv 2203.16983), by its own words also the method of
-SSSD-COVID (paper 4). Formulas from SD-MAE's public code; SSSD-COVID's own text was not had."""
+SSSD-COVID (paper 4). Formulas from SD-MAE's public code; SSSD-COVID's own text was not had.
+
+Differences from that code, so that p = 0 is our masked autoencoder: targets are normalised over a patch's channels
+together, not channel by channel; positions are two-dimensional; there is a class token.
+"""
 
 from __future__ import annotations
 

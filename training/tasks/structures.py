@@ -1,7 +1,9 @@
 """The structures in which the questions of a class tree are learnt: by itself each, handed down, or all at once.
 
 Source: An et al. 2021, figure 2: `flat` is its approach 1, `independent` its approach 2, `transferred` its approach 3,
-the proposal. `joint` is ours: one module with a classifier per question.
+the proposal. `joint` is ours: one module with a classifier per question. On frozen features (`--learner features`) each
+module of `flat` and `independent` starts from random weights, where the paper's networks start from ImageNet's. Each
+question has the whole number of passes over its rows, so a tree takes more steps than `flat`.
 """
 
 from __future__ import annotations
