@@ -142,7 +142,7 @@ def checkpoints() -> list[Row]:
     folder = Path(tempfile.mkdtemp(prefix="rayograph-bench-"))
     try:
         data = _dataset(folder)
-        config = PretrainConfig(data, out=str(folder / "run"), epochs=16, batch_size=64, workers="2", preset="tiny")
+        config = PretrainConfig(data, out=str(folder / "run"), epochs=10, batch_size=64, workers="2", preset="tiny")
         config = replace(config, probe=False, checkpoint_s=6.0)
         with session(cpus=1 + 3 * cores()):
             pretrain(config)
