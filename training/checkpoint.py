@@ -82,8 +82,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[s
         if name.startswith("optimizer."):
             _, key, parameter = name.split(".", 2)
             target = parameters[parameter]
-            on = value if key == "step" else value.to(target.device)
-            optimizer.state[target][key] = on.clone()
+            optimizer.state[target][key] = value.to(target.device).clone()  # fused AdamW has its `step` there too
 
 
 def save(folder: Path | str, state: State, keep: int) -> str:

@@ -81,6 +81,19 @@ def test_training_that_goes_on_from_a_checkpoint_equals_training_that_was_never_
     assert equal(collect(module, optimizer), expected)
 
 
+def test_all_of_a_fused_optimiser_s_state_comes_to_where_its_parameters_are() -> None:
+    module, optimizer = build()
+    train(module, optimizer, 0, 1)
+    tensors = collect(module, optimizer)
+    other, other_optimizer = build()
+    other.to("meta")
+    other_optimizer.param_groups.clear()
+    other_optimizer.add_param_group({"params": [p for p in other.parameters() if p.requires_grad]})
+    restore(other, other_optimizer, tensors)
+    found = [(key, tensor.device.type) for own in other_optimizer.state.values() for key, tensor in own.items()]
+    assert ("step", "meta") in found and {device for _, device in found} == {"meta"}
+
+
 def test_everything_of_model_and_optimiser_is_collected_and_no_live_tensor_is_shared() -> None:
     module, optimizer = build()
     train(module, optimizer, 0, 1)
