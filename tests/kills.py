@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster import storage
 from tests.runs import Process, losses_of, rows_of, steps_of, wait_until
-from training import receipt
+from training import checkpoint, receipt
 from training.configs import PretrainConfig
 from training.dataset import Dataset
 
@@ -99,6 +99,7 @@ class Killer:
         _soon(when, f"{what}: its moment has come")
         starts, before, began = self.starts, steps_of(self.config.out), time.monotonic()
         reached = max((row["step"] for row in before), default=0)
+        published = max(map(checkpoint.step_of, checkpoint.names(Path(self.config.out) / "checkpoints")), default=0)
         try:
             os.kill(victim, how)
         except ProcessLookupError:  # it was a task, and has ended
@@ -107,6 +108,7 @@ class Killer:
         if title != READER:
             self.process.until(lambda: self.starts > starts, f"another start after {what}")
             resumed = [row["from_step"] for row in rows_of(self.config.out) if row.get("event") == "start"][-1]
+            assert resumed >= published, f"after {what}: from step {resumed}, where a checkpoint of {published} lay"
             redone = [row for row in before if row["step"] > resumed]
             at_most_one_interval(redone, self.config)
         self.process.until(lambda: self.step > reached, f"a step beyond {reached} after {what}")
