@@ -20,8 +20,7 @@ from training.images import to_channels
 TTA = Literal["none", "flip", "turns"]
 """Test-time augmentation: no other view, the mirrored one too, or also each of them turned by quarter turns."""
 VIEWS: dict[TTA, int] = {"none": 1, "flip": 2, "turns": 8}
-
-
+"""How many views each has, those of `over_views`."""
 VIEWS_CODE: dict[TTA, str] = {
     "none": "",
     "flip": "# features are the mean over x and x.flip(3)",
@@ -72,13 +71,9 @@ class Input:
     @property
     def told(self) -> str:
         """A sentence on the views, for reports; empty where there is one."""
-        how = {
-            "none": "",
-            "flip": "as it is and mirrored",
-            "turns": "as it is, mirrored, and both in all quarter turns",
-        }
         if self.tta == "none":
             return ""
+        how = {"flip": "as it is and mirrored", "turns": "as it is, mirrored, and both in all quarter turns"}
         return f"Features are the mean over {VIEWS[self.tta]} views of an image: {how[self.tta]}."
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -16,12 +16,17 @@ from tests.training.test_artifact import CONV, card, network_of, pixels
 from tests.training.test_export import exported, run_onnx
 from tests.training.test_export import pixels as shown_to_graphs
 from tests.training.test_finetune import labels_of, recipe, stripes, wanted
-from training.artifact import FORMAT, OLDER, ModelCard, forward, load_model, save_model
+from training.artifact import FORMAT, HIERARCHY, OLDER, ModelCard, forward, load_model, save_model
 from training.configs import TransferConfig
+from training.encoder import seed_weights
 from training.fit import finetune_fold
 from training.probabilities import from_logits
 from training.splits import Fold, hold_out
+from training.tasks.chains import Hierarchy
 from training.tasks.finetune import fine_tune
+from training.tasks.hierarchy import chain_rule, tree_of
+from training.tasks.learners import trunk_of
+from training.tasks.structures import Chain, Head
 from training.transform import TTA, VIEWS, evaluation_view, over_views
 from training.weights import initial_weights
 
@@ -124,6 +129,36 @@ def test_a_graph_holds_the_views_and_timm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"averages over 8 views .* use --to onnx") as caught:
         exported(str(tmp_path / "run"), tmp_path / "timm", "timm")
     assert "\n" not in str(caught.value) and not (tmp_path / "timm").exists()
+
+
+@pytest.mark.slow
+def test_every_network_of_a_class_tree_looks_at_all_views_here_and_in_a_graph(tmp_path: Path) -> None:
+    names = ("ill/early", "ill/late", "well")
+    tree, found = tree_of(names), {}
+    modules = [CONV.build(node.width).eval() for node in tree.nodes]
+    for place, module in enumerate(modules):
+        seed_weights(module, place)
+    heads = tuple(Head(number, 0, 1.0, (0.5, 0.5)) for number in range(2))
+    content = Hierarchy(names, "independent", "network", (Chain(tree, tuple(modules), heads, (1, 1)),)).dumps()
+    network = network_of(CONV)
+    network.load_state_dict(trunk_of(modules[0].state_dict(), "classifier."))
+    images = shown_to_graphs(CONV, 3)
+    ttas: tuple[TTA, ...] = ("none", "turns")
+    for tta in ttas:
+        described = replace(seen(tta), head="hierarchy", classes=names)
+        save_model(tmp_path / tta / "model", described, network, files=[(HIERARCHY, content)])
+        found[tta] = load_model(tmp_path / tta).probabilities(images)
+        exported(str(tmp_path / tta), tmp_path / f"{tta}-graph")
+        np.testing.assert_allclose(run_onnx(tmp_path / f"{tta}-graph", images)[1], found[tta], atol=1e-4)
+    shown = evaluation_view(images, seen("turns").input).numpy()
+    with torch.no_grad():
+        each = [
+            np.mean([forward(m, torch.from_numpy(v.copy()))[1].numpy() for v in BY_HAND["turns"](shown)], axis=0)
+            for m in modules
+        ]
+    expected = chain_rule(tree, [from_logits(logits, several=False) for logits in each])
+    np.testing.assert_allclose(found["turns"], expected, atol=1e-5)
+    assert not np.allclose(found["none"], expected, atol=1e-4)
 
 
 def test_the_lines_that_load_it_elsewhere_name_the_views() -> None:

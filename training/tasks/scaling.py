@@ -2,7 +2,7 @@
 
 A convolutional network's pooled features have columns that hardly any image wakes. In few training rows such a column
 is (nearly) constant, and divided by its own deviation there it would drown all others in the first new image that wakes
-it: on a quarter of the Pap smear cells up to a fifth of the new ones had a column of 100 deviations and more.
+it.
 """
 
 from __future__ import annotations
