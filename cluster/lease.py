@@ -94,9 +94,10 @@ class Lease:
         """
         self._uri, self._subject, self._pace = uri, subject, pace or Pace()
         self._me = secrets.token_hex(8)
-        self._lost: str | None = None
+        self._taken: str | None = None
         self._renewed = time.monotonic()
         self._ended = threading.Event()
+        self._renewing = threading.Lock()
         held = self._read()
         if held is not None and not self._is_dead(held):
             raise self._locked(held)
@@ -109,11 +110,19 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LockedError where somebody else has taken over, or may have while the store could not be reached."""
-        if self._lost is None:
-            self._look()
-        if self._lost is not None:
-            raise LockedError(f"{self._subject}: {self._lost}; this run stops, and leaves what is there to the other")
+        """The lease is this process's now.
+
+        Raises:
+            LockedError: somebody else has taken over, or may have, and ended, while the store could not be reached.
+            RayographError: the store cannot be reached.
+        """
+        self._renew()
+        self.refuse_if_taken()
+
+    def refuse_if_taken(self) -> None:
+        """Raises LockedError where `check`, or the last sign of life, found it so; asks no store."""
+        if self._taken is not None:
+            raise LockedError(f"{self._subject}: {self._taken}; this run stops, and leaves what is there to the other")
 
     def discard(self) -> None:
         """The lease is free and its object gone, unless it is somebody else's by now."""
@@ -126,20 +135,23 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._pace.beat):
-            try:
-                self._look()
-                if self._lost is None:
-                    self._write()
-            except RayographError:
-                if time.monotonic() - self._renewed > self._pace.stale:
-                    self._lost = "its lease could not be renewed, because the store was out of reach for too long"
-            if self._lost is not None:
-                return
+            with suppress(RayographError):  # out of reach: the next one tries again, and others wait `stale` seconds
+                self._renew()
 
-    def _look(self) -> None:
-        held = self._read()
-        if held is not None and held.holder != self._me:
-            self._lost = f"another process has taken over ({held})"
+    def _renew(self) -> None:
+        """A sign of life is written, if the lease is still ours.
+
+        After a time in which others could take it for a dead one's, its object tells: it still names this process if
+        nobody has.
+        """
+        with self._renewing:
+            held = self._read() if self._taken is None else None
+            if held is not None and held.holder != self._me:
+                self._taken = f"another process has taken over ({held})"
+            elif held is None and time.monotonic() - self._renewed > self._pace.stale:
+                self._taken = "its lease was gone after the store was out of reach for too long"
+            if self._taken is None:
+                self._write()
 
     def _is_dead(self, held: _Holder) -> bool:
         """Whether the holder has ended, or its signs of life have: clocks may differ, so one is waited for."""

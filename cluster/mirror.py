@@ -12,6 +12,10 @@ from cluster.progress import say
 
 CONFIG, SUMMARY, LOG, LOCK = "config.yaml", "summary.json", "run.log", ".lock"
 """Files of every result: its config, what marks it as finished, its log, and the lock on it."""
+WRITER = ".writer"
+"""The lock of a process that writes on for whoever holds `LOCK`, and may outlive it."""
+LOCKS = frozenset({LOCK, WRITER})
+"""What emptying a folder leaves: a lock on a file that was unlinked locks nobody else out."""
 
 
 class Mirror:
@@ -71,6 +75,10 @@ class Mirror:
             storage.upload(self.path, self.uri, only=changed)
             self._known |= {name: now[name] for name in changed}
 
+    def refuse_if_taken(self) -> None:
+        """Raises LockedError where another process was seen to have taken over; asks no store."""
+        self._lease.refuse_if_taken()
+
     def erase(self, mark: str) -> None:
         """The store holds nothing but the lease. Killed midway, `config.yaml` is `mark`, and the next run goes on."""
         storage.remove(storage.join(self.uri, SUMMARY))
@@ -107,7 +115,7 @@ class Mirror:
     def _clear(self) -> None:
         """What is in the store needs no second copy here."""
         for entry in self.path.iterdir():
-            if entry.name != LOCK:
+            if entry.name not in LOCKS:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def _files(self) -> dict[str, tuple[int, int]]:

@@ -17,7 +17,7 @@ import yaml
 from cluster import storage
 from cluster.errors import UsageError
 from cluster.lease import Lock, Pace
-from cluster.mirror import CONFIG, LOCK, LOG, SUMMARY, Mirror
+from cluster.mirror import CONFIG, LOCK, LOCKS, LOG, SUMMARY, Mirror
 
 FORMAT = 1
 """Format version of `config.yaml` and of the sidecar beside a single-file result."""
@@ -172,6 +172,15 @@ class OutDir:
         if self._mirror:
             self._mirror.push()
 
+    def refuse_if_taken(self) -> None:
+        """Asks no store; what is known is a few seconds old.
+
+        Raises:
+            LockedError: another process has taken over.
+        """
+        if self._mirror:
+            self._mirror.refuse_if_taken()
+
     def finish(self, summary: Values) -> None:
         """The folder is done: `summary.json` stands in it, whole. Everything else was written before."""
         self.push()
@@ -303,7 +312,7 @@ def _is_empty(folder: Path) -> bool:
     """Absent, empty, or left by a process that died before it wrote its config."""
     if not folder.exists():
         return True
-    return all(p.name in {LOCK, LOG} or _OWN_TEMPORARY.fullmatch(p.name) for p in folder.iterdir())
+    return all(p.name in {*LOCKS, LOG} or _OWN_TEMPORARY.fullmatch(p.name) for p in folder.iterdir())
 
 
 def _is_ours(folder: Path) -> bool:
@@ -322,20 +331,20 @@ def _is_erased(folder: Path) -> bool:
 def _erase(folder: Path) -> None:
     """Only the lock is left. Killed midway, the folder is known as half erased and the next run goes on erasing."""
     storage.write_text(folder / CONFIG, config_text("erase", {"erased": True}))
-    _empty(folder, keep={CONFIG, LOCK})
+    _empty(folder, keep=[CONFIG])
     storage.remove(folder / CONFIG)
 
 
-def _empty(folder: Path, keep: set[str] | frozenset[str] = frozenset({LOCK})) -> None:
+def _empty(folder: Path, keep: Collection[str] = ()) -> None:
     for entry in folder.iterdir():
-        if entry.name not in keep:
+        if entry.name not in {*LOCKS, *keep}:
             storage.remove(entry)
 
 
 def _untouched(folder: Path) -> bool:
     """Whether the folder holds no file but those of `OutDir.open`."""
     files = [p for p in folder.rglob("*") if not p.is_dir()]
-    return all(p.parent == folder and p.name in {CONFIG, LOCK, LOG} for p in files)
+    return all(p.parent == folder and p.name in {CONFIG, *LOCKS, LOG} for p in files)
 
 
 def _make(folder: Path) -> Path | None:
@@ -349,7 +358,8 @@ def _unmake(folder: Path, created: Path | None) -> None:
     """Whatever `_make` created is gone again, as far as nobody else uses it."""
     if created is None:
         return
-    storage.remove(folder / LOCK)
+    for name in LOCKS:
+        storage.remove(folder / name)
     for path in [folder, *folder.parents]:
         try:
             path.rmdir()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
+from cluster.errors import UsageError
 from tests import kills
 from tests.runs import (
     Pretrained,
@@ -29,9 +30,10 @@ from tests.runs import (
 )
 from tests.training.test_report import Page
 from training import checkpoint, feed
-from training.configs import PretrainConfig
+from training.configs import IngestConfig, PretrainConfig
 from training.dataset import Dataset
 from training.feed import Batch, Feed, Source
+from training.ingest import ingest
 from training.launch import aside
 from training.plan import Plan
 from training.pretrain import pretrain
@@ -222,6 +224,27 @@ def test_more_epochs_take_a_finished_run_further(pretrained: Pretrained, tmp_pat
     losses = losses_of(tmp_path / "run")
     assert losses[:-STEPS] == losses_of(pretrained.run)
     assert len(losses) == more * STEPS
+
+
+def test_a_data_set_made_anew_at_the_same_place_does_not_take_a_run_further(
+    pretrained: Pretrained, phantoms: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "dataset", tmp_path / "run"
+    shutil.copytree(phantoms, data)
+    shutil.copytree(pretrained.run, out)
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace(str(phantoms), str(data)))
+    (out / "summary.json").unlink()
+    metrics = (out / "metrics.jsonl").read_bytes()
+    again = pretrain_config(data, out, epochs=pretrained.config.epochs + 1)
+    ingest(IngestConfig("phantom:201", out=str(data), image_size="32", overwrite=True))
+    with pytest.raises(UsageError, match=f"--data {data}: not the data set that this run was trained on so far"):
+        pretrain(again)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+    shutil.rmtree(data)
+    shutil.copytree(phantoms, data)
+    assert pretrain(again)["steps"] == pretrained.summary["steps"] + STEPS
+    assert losses_of(out)[:-STEPS] == losses_of(pretrained.run)
 
 
 def damaged(config: PretrainConfig, how: Callable[[bytes], bytes]) -> str:

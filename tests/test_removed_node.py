@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,30 +16,45 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 DETECTION = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 
 
-@pytest.fixture
-def nodes(pretrained: Pretrained) -> Iterator[Any]:
-    """A head that reads and two nodes that train, each with an object store of its own, on this machine."""
+@contextlib.contextmanager
+def cluster_of(head: dict[str, Any], other: dict[str, Any]) -> Iterator[Any]:
+    """A head and two other nodes, each with an object store of its own, on this machine."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 3, "resources": {"reader": 1}, "include_dashboard": False, "_system_config": DETECTION}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**head, "include_dashboard": False, "_system_config": DETECTION}
+    )
     try:
         for _ in range(2):
-            cluster.add_node(num_cpus=2, resources={"trainer": 1})
+            cluster.add_node(**other)
         yield cluster
     finally:
         cluster.shutdown()
 
 
+ALIKE = {"num_cpus": 1}
+"""Nodes of which any may train or read: of three, two train, and of two, one."""
+CLUSTERS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "some read and some train": (
+        {"num_cpus": 3, "resources": {"reader": 1}},
+        {"num_cpus": 2, "resources": {"trainer": 1}},
+        ["--train-on", "trainer", "--read-on", "reader"],
+    ),
+    "all alike": (ALIKE, ALIKE, []),
+}
+
+
+@pytest.mark.parametrize("kind", CLUSTERS)
 def test_a_node_that_is_removed_in_the_middle_of_an_epoch_is_done_without(
-    nodes: Any, pretrained: Pretrained, tmp_path: Path
+    kind: str, pretrained: Pretrained, tmp_path: Path
 ) -> None:
+    head, other, where = CLUSTERS[kind]
     notes = tmp_path / "notes"
     config = pretrain_config(
-        Path(pretrained.config.data), tmp_path / "run", workers="1:2", receipt=str(notes), probe=False
+        Path(pretrained.config.data), tmp_path / "run", workers="1:4", receipt=str(notes), probe=False
     )
-    more = ("--train-on", "trainer", "--read-on", "reader", "--receipt", str(notes), "--no-probe")
-    with rayograph(*flags(config), *more, address=nodes.address) as process:
+    more = (*where, "--receipt", str(notes), "--no-probe")
+    with cluster_of(head, other) as nodes, rayograph(*flags(config), *more, address=nodes.address) as process:
         process.until(lambda: len(steps_of(config.out)) >= 10, "10 steps on two nodes")
         reached = len(steps_of(config.out))
         nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ class DamagedError(RayographError):
     """What the manifest promises is not what is there."""
 
 
+class UnfinishedError(DamagedError):
+    """On its way to a store when its writer ended; the manifest would have come last."""
+
+
 @dataclass(frozen=True)
 class Position:
     """Where training stands: the next sample to consume."""
@@ -53,6 +58,8 @@ class Position:
 class State:
     position: Position
     tensors: dict[str, torch.Tensor]
+    order: str = ""
+    """The data order that `position` is a place in, as of `Plan.digest`; empty in checkpoints that tell none."""
 
 
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -85,27 +92,35 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[s
             optimizer.state[target][key] = value.to(target.device).clone()  # fused AdamW has its `step` there too
 
 
-def save(folder: Path | str, state: State, keep: int) -> str:
+def save(folder: Path | str, state: State, keep: int, complain: Callable[[str], None] = warnings.warn) -> str:
     """`folder` (a path or URI) holds the state as `step-N-TOKEN`, whole; older ones beyond `keep` are gone.
+
+    complain: told where an older one could not be removed, which the next save tries again.
 
     Raises:
         RayographError: it could not be written; what was there before is untouched.
     """
     name = f"step-{state.position.step:09d}-{secrets.token_hex(4)}"
-    local = storage.is_local(folder)
-    beside = storage.local_path(folder) if local else Path(tempfile.gettempdir())
+    beside = _beside(folder)
     partial = beside / f".{name}.partial"
     with storage.explained(partial):
-        if local:
-            _sweep(beside)
+        _sweep(beside)
         partial.mkdir(parents=True)
         try:
             _write(partial, state)
             storage.publish_folder(partial, storage.join(folder, name), manifest=MANIFEST)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    _prune(folder, keep)
+    try:
+        _prune(folder, keep)
+    except RayographError as error:
+        complain(f"warning: an old checkpoint could not be removed: {error}")
     return name
+
+
+def _beside(folder: Path | str) -> Path:
+    """Where this machine keeps what is on its way to or from `folder`, in a place of its own for each."""
+    return storage.local_path(folder) if storage.is_local(folder) else storage.scratch(str(folder))
 
 
 def _write(partial: Path, state: State) -> None:
@@ -117,7 +132,7 @@ def _write(partial: Path, state: State) -> None:
         "format": FORMAT,
         "position": vars(state.position),
         "sha256": {STATE: storage.sha256_file(partial / STATE)},
-    }
+    } | ({"order": state.order} if state.order else {})
     storage.write_json(partial / MANIFEST, content | {"digest": _digest(content)})
 
 
@@ -127,15 +142,15 @@ def _errno_of(error: SafetensorError) -> int:
     return int(code) if code.isdigit() else 5
 
 
-def _sweep(folder: Path) -> None:
-    """What a killed writer left of a checkpoint is gone."""
-    for partial in folder.glob(".step-*.partial"):
+def _sweep(folder: Path, kind: str = "step") -> None:
+    """What a killed writer (`step`) or reader (`read`) left of a checkpoint is gone."""
+    for partial in folder.glob(f".{kind}-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _prune(folder: Path | str, keep: int) -> None:
     for name in names(folder)[keep:]:
-        storage.remove(storage.join(folder, name))
+        storage.remove(storage.join(folder, name), MANIFEST)
 
 
 def names(folder: Path | str) -> list[str]:
@@ -149,9 +164,10 @@ def step_of(name: str) -> int:
 
 
 def newest(folder: Path | str) -> tuple[State | None, list[str]]:
-    """(the newest intact state, complaints about newer ones that are not).
+    """(the newest intact state, complaints about newer ones that are not); None where none was ever finished.
 
     Raises:
+        DamagedError: none is intact any more; all are left as they are.
         NewerFormatError: the newest is whole, and of a later Rayograph: falling back would lose work.
         RayographError: the storage cannot be read now; falling back would lose work here, too.
     """
@@ -160,21 +176,34 @@ def newest(folder: Path | str) -> tuple[State | None, list[str]]:
 
 
 def newest_name(folder: Path | str) -> tuple[str | None, list[str]]:
-    """(the name of the newest intact one, complaints); damaged newer ones, which would count as kept, are removed."""
+    """(the name of the newest intact one, complaints); damaged newer ones, which would count as kept, are removed.
+
+    Raises:
+        DamagedError, NewerFormatError, RayographError: as of `newest`.
+    """
+    _sweep(_beside(folder), "read")
     name, _, complaints = _newest(folder, repair=True)
     return name, complaints
 
 
 def _newest(folder: Path | str, repair: bool) -> tuple[str | None, State | None, list[str]]:
-    complaints: list[str] = []
+    passed: dict[str, DamagedError] = {}
+    found: tuple[str | None, State | None] = None, None
     for name in names(folder):
         try:
-            return name, load(folder, name), complaints
+            found = name, load(folder, name)
+            break
         except DamagedError as error:
-            complaints.append(f"{name} is damaged ({error}); falling back to the one before")
-            if repair:
-                storage.remove(storage.join(folder, name))
-    return None, None, complaints
+            passed[name] = error
+    if found[0] is None and not all(isinstance(error, UnfinishedError) for error in passed.values()):
+        told = "; ".join(f"{name} ({error})" for name, error in passed.items())
+        raise DamagedError(
+            f"{storage.printable(str(folder))}: no checkpoint is intact, and all are left as they are: {told}; restore "
+            "one, or begin anew with --overwrite"
+        )
+    for name in passed if repair else []:
+        storage.remove(storage.join(folder, name), MANIFEST)
+    return *found, [f"{name} is damaged ({error}); falling back to the one before" for name, error in passed.items()]
 
 
 def load(folder: Path | str, name: str) -> State:
@@ -185,11 +214,15 @@ def load(folder: Path | str, name: str) -> State:
         NewerFormatError: it is whole, and of a later Rayograph.
     """
     where = storage.join(folder, name)
+    if not storage.is_local(where) and not storage.exists(storage.join(where, MANIFEST)):
+        raise UnfinishedError(f"its {MANIFEST} is not there")
     try:
         manifest = _manifest(storage.join(where, MANIFEST))
         if storage.is_local(where):
             return _loaded(manifest, storage.local_path(where) / STATE)
-        with tempfile.TemporaryDirectory(prefix="rayograph-") as scratch:
+        beside = _beside(folder)
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".read-", suffix=".partial", dir=beside) as scratch:
             storage.fetch(storage.join(where, STATE), Path(scratch) / STATE)
             return _loaded(manifest, Path(scratch) / STATE)
     except NewerFormatError:
@@ -219,7 +252,7 @@ def _manifest(file: str) -> dict[str, Any]:
 def _loaded(manifest: dict[str, Any], file: Path) -> State:
     if storage.sha256_file(file) != manifest["sha256"][STATE]:
         raise DamagedError(f"the sha256 of {STATE} differs from its manifest")
-    return State(Position(**manifest["position"]), load_file(file))
+    return State(Position(**manifest["position"]), load_file(file), manifest.get("order", ""))
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -229,11 +262,25 @@ def _digest(content: dict[str, Any]) -> str:
 class Saver:
     """Writes one checkpoint at a time in a thread of its own, so that training goes on meanwhile.
 
-    before: called in that thread with the step, ahead of publishing: what must be durable before the checkpoint is.
+    Args:
+        order: as of `State.order`.
+        before: called in that thread with the step, ahead of publishing: what must be durable before the checkpoint is.
+        after: called in it with the step when the checkpoint is published.
+        complain: told what did not go well, and does not matter yet.
     """
 
-    def __init__(self, folder: Path | str, keep: int, before: Callable[[int], None]) -> None:
-        self._folder, self._keep, self._before = folder, keep, before
+    def __init__(
+        self,
+        folder: Path | str,
+        keep: int,
+        *,
+        order: str,
+        before: Callable[[int], None],
+        after: Callable[[int], None],
+        complain: Callable[[str], None],
+    ) -> None:
+        self._folder, self._keep, self._order = folder, keep, order
+        self._before, self._after, self._complain = before, after, complain
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -248,7 +295,7 @@ class Saver:
     def save(self, position: Position, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """The state as it is now will be in `folder`; waits for the one before, if that is still being written."""
         self.wait()
-        state = State(position, collect(module, optimizer))
+        state = State(position, collect(module, optimizer), self._order)
         self._thread = threading.Thread(target=self._write, args=(state,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -268,6 +315,7 @@ class Saver:
             if sys.platform == "linux":  # there it is the thread's own: behind those that train
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             self._before(state.position.step)
-            save(self._folder, state, self._keep)
+            save(self._folder, state, self._keep, self._complain)
+            self._after(state.position.step)
         except BaseException as error:  # handed to the trainer's thread, which raises it
             self._error = error

@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from cluster import storage
 from cluster.errors import RayographError
+from cluster.mirror import WRITER
 from cluster.parts import Parts
 
-METRICS, WRITER = "metrics.jsonl", ".writer"
+METRICS = "metrics.jsonl"
 WRITER_PATIENCE_S = 60.0
 IDLE_STARTS = 5
 """A run that started this often without one new step is not going to."""
@@ -85,7 +86,7 @@ class Desk:
         self._publishing = threading.Lock()
         self._group = Group()
         self._coming: Coming | None = None
-        self._highest = 0
+        self._highest = self._saved = 0
         self._idle = 0
         self._samples, self._loss, self._last = 0, float("nan"), 0
         self._failure: dict[str, str] | None = None
@@ -93,13 +94,14 @@ class Desk:
         self._file: Any = None
         self._board: Any = None
 
-    def open(self, scratch: str, uri: str, highest: int) -> bool:
+    def open(self, scratch: str, uri: str, highest: int, saved: int | None = None) -> bool:
         """Whether it holds the run now; False where another desk still does, of a driver that was killed perhaps.
 
         Args:
             scratch: the local folder of the run.
             uri: where it is published; the same where that is local.
             highest: the step that it stands at.
+            saved: the step of its newest checkpoint; `highest`, if not given.
         """
         self._path = Path(scratch)
         self._writer = FileLock(str(self._path / WRITER), thread_local=False)
@@ -108,25 +110,31 @@ class Desk:
         except Timeout:
             return False
         self._parts = None if storage.is_local(uri) else Parts(uri, METRICS)
-        self._highest = highest
+        self._highest, self._saved = highest, highest if saved is None else saved
         return True
 
     # Called by ranks
 
     def begin(self, start: dict[str, Any]) -> dict[str, Any]:
         """A group starts from step `start["from_step"]`: rows of later steps are dropped. Returns its number, and why
-        it should not go on, if so."""
+        it should not go on, if so.
+
+        It starts from step 0 where it found no checkpoint; `start["host"]` is where it looked.
+        """
         with self._lock:
             now = time.monotonic()
             self._group = Group(self._group.number + 1, start["workers"], now, now)
             self._coming = None
             self._orders["regroup"] = False
             self._idle += 1
+            if self._saved and not start["from_step"]:
+                self._refuse_beginning(start["host"])
             if self._failure is None and self._idle > IDLE_STARTS:
                 self._give_up(start["from_step"])
             if self._failure is not None:
                 return {"group": self._group.number, "refused": self._failure["message"]}
-            self._reopen(start["from_step"])
+            with storage.explained(self._path / METRICS):
+                self._reopen(start["from_step"])
             self._last = start["from_step"]
             self._arrived.notify_all()
             self._write([{"event": "start", **start, "time": time.time()}])
@@ -138,9 +146,10 @@ class Desk:
             if group != self._group.number:
                 return True
             try:
-                self._write(rows)
-            except OSError as error:
-                self.fail("RayographError", f"{self._path / METRICS}: {error.strerror}; free some space and run again")
+                with storage.explained(self._path / METRICS):
+                    self._write(rows)
+            except RayographError as error:
+                self.fail(type(error).__name__, str(error))
                 return True
             for row in rows:
                 if "step" in row:
@@ -148,16 +157,22 @@ class Desk:
             return any(self._orders.values())
 
     def flush(self, group: int, step: int) -> None:
-        """Every row up to `step` is durable: what a checkpoint of that step may rely on."""
+        """Every row up to `step` is durable: what a checkpoint of that step may rely on.
+
+        Raises:
+            RayographError: they are not; or they are those of a group that has ended, whose checkpoint would stand
+                for rows that are not there.
+        """
         with self._publishing:  # not under the lock: a slow store must not hold up the ranks' rows
             with self._arrived:
                 self._arrived.wait_for(lambda: group != self._group.number or self._last >= step, ARRIVAL_S)
                 if group != self._group.number:
-                    return
+                    raise RayographError(f"group {group} has ended: its checkpoint of step {step} is not published")
                 if self._last < step:
                     raise RayographError(f"the metrics of step {step} did not arrive")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                with storage.explained(self._path / METRICS):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
                 text, self._unpublished = "".join(self._unpublished), []
             if self._parts is not None and text:
                 try:
@@ -179,10 +194,18 @@ class Desk:
                 if self._coming and self._coming.pulses.pop(rank, None) and not self._coming.pulses:
                     self._coming = None
 
-    def fail(self, kind: str, message: str) -> None:
-        """A deliberate error of a rank: the run ends with it, and is not tried again."""
+    def saved(self, step: int) -> None:
+        """A checkpoint of that step is published."""
         with self._lock:
-            if self._failure is None:
+            self._saved = max(self._saved, step)
+
+    def fail(self, kind: str, message: str, group: int | None = None) -> None:
+        """A deliberate error: the run ends with it, and is not tried again.
+
+        group: of the rank that raised it, where it is one's; that of an ended group changes nothing any more.
+        """
+        with self._lock:
+            if self._failure is None and group in {None, 0, self._group.number}:
                 self._failure = {"kind": kind, "message": message}
 
     def say(self, text: str) -> None:
@@ -217,6 +240,7 @@ class Desk:
                 "pulses": {r: (p.place, p.phase, p.step, now - p.at) for r, p in pulses.items()},
                 "samples": self._samples,
                 "step": self._highest,
+                "saved": self._saved,
                 "loss": self._loss,
                 "failure": self._failure,
             }
@@ -253,6 +277,13 @@ class Desk:
             f"what ended it is in {self._path / 'run.log'}"
         )
         self.fail(RayographError.__name__, message)
+
+    def _refuse_beginning(self, host: str) -> None:
+        self.fail(
+            RayographError.__name__,
+            f"{host} found no intact checkpoint, but one of step {self._saved} was written: does that host see --out, "
+            "and is what lies there whole? nothing was changed; the same command goes on once it is there again",
+        )
 
     def _reopen(self, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

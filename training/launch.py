@@ -39,7 +39,9 @@ WATCH_S = 3.0
 """The least time between two acts of the watchdog."""
 KILL_S = 30.0
 STOP_PATIENCE_S = 7.0
-"""How long a stopped run may take to write its checkpoint before it is ended without one."""
+"""How long a stopped run may take to the end of its step, where it has not shown longer ones."""
+SAVE_PATIENCE_S = 20.0
+"""How much longer one that is writing a checkpoint may take; machines that are taken away leave about 30 s in all."""
 START_PATIENCE_S = 600.0
 """How long a group may take from its start to its first step, however short the user's patience."""
 DATA_PATIENCE = 10
@@ -55,6 +57,8 @@ class Team:
     device: str
     on: str | None = None
     """A custom resource of the nodes that may train."""
+    reading: str | None = None
+    """A custom resource of the nodes that may read."""
 
     @property
     def elastic(self) -> bool:
@@ -66,31 +70,49 @@ class Team:
         own = {"GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
         return own | ({self.on: 1.0} if self.on else {})
 
-    def without(self, going: set[str]) -> Team:
-        """This team when these nodes are taken away: Ray Train would ask for room on them, or has not heard yet.
+    def crowds(self, nodes: list[dict[str, float]]) -> bool:
+        """Whether ranks may take all CPUs that could read for them, if it is left to Ray Train how many there are."""
+        apart = [n for n in self._readers(nodes) if self.on and not n.get(self.on) and n.get("CPU", 0.0) >= 1]
+        return self.elastic and "CPU" in self.bundle and not apart
 
-        One that is not elastic does wait, for a node in their place.
-        """
-        import ray
-
-        staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in going]
-        return replace(self, most=max(self.least, self.room(staying))) if going else self
+    def within(self, nodes: list[dict[str, float]]) -> Team:
+        """This team with no more ranks than fit on these nodes. One that is not elastic waits for another node."""
+        return replace(self, most=max(self.least, self.room(nodes)))
 
     def room(self, nodes: list[dict[str, float]]) -> int:
-        """Ranks that fit on nodes with these resources, at most `most`."""
-        return min(self.most, sum(int(min(n.get(k, 0.0) // v for k, v in self.bundle.items())) for n in nodes))
+        """Ranks that fit on nodes with these resources, at most `most`, and leave a CPU to read for them."""
+        fit = sum(map(self._fit, nodes))
+        if "CPU" in self.bundle:
+            left = sum(n.get("CPU", 0.0) - self._fit(n) for n in self._readers(nodes))
+            fit -= left < 1
+        return min(self.most, fit)
+
+    def _fit(self, node: dict[str, float]) -> int:
+        return int(min(node.get(k, 0.0) // v for k, v in self.bundle.items()))
+
+    def _readers(self, nodes: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [n for n in nodes if self.reading is None or n.get(self.reading)]
 
 
-def launch(job: Job, team: Team, out: Path, before: tuple[int, int], watch: Callable[[Any], None]) -> None:
+def launch(
+    job: Job,
+    team: Team,
+    out: Path,
+    before: tuple[int, int],
+    watch: Callable[[Any], None],
+    held: Callable[[], None] = lambda: None,
+) -> None:
     """The worker loop has come to its end on every rank, or an error says why not. Ray must be up.
 
     Args:
         out: the local folder of the run.
         before: step and samples of the checkpoint that it starts from.
         watch: called now and then with the desk, to look at the run from aside; must not block.
+        held: called as often; raises where this process is not the one that writes the run any more.
 
     Raises:
         StoppedError, KeyboardInterrupt: stopped on request, with a checkpoint where there was time for one.
+        LockedError: of `held`; the ranks have been ended.
         RayographError: what a rank raised on purpose, or why training failed for good.
     """
     desk, hosts = _Handle(out, job.out, before[0]), _Hosts(team)
@@ -102,7 +124,7 @@ def launch(job: Job, team: Team, out: Path, before: tuple[int, int], watch: Call
             shown = _Shown(bar, before[1])
             while True:
                 reached = desk.step
-                error = _follow(job, team, out, desk, hosts, shown, stopped, watch)
+                error = _follow(job, team, out, desk, hosts, shown, stopped, watch, held)
                 _raise_failure(desk, stopped())
                 if error is None and desk.step >= last:
                     return
@@ -137,7 +159,8 @@ class _Handle:
         self._number += 1  # the name of one that was lost is free only when Ray has noticed
         name = f"{self.name}-{self._number:06d}"
         self.actor = actor.options(name=name, scheduling_strategy=here).remote()
-        if not ray.get(self.actor.open.remote(str(self._out), self._uri, self.step)):
+        saved = self.seen.get("saved", self.step)
+        if not ray.get(self.actor.open.remote(str(self._out), self._uri, self.step, saved)):
             raise LockedError(f"{self._out}: workers of an earlier run still write it; try again in a minute")
 
     def look(self) -> dict[str, Any]:
@@ -175,6 +198,7 @@ def _follow(
     shown: _Shown,
     stopped: Callable[[], float],
     watch: Callable[[Any], None],
+    held: Callable[[], None],
 ) -> BaseException | None:
     """One controller of Ray Train, from its start to its end; what it ended with."""
     outcome: list[BaseException | None] = []
@@ -182,7 +206,11 @@ def _follow(
 
     def fit() -> None:
         try:
-            _trainer(job, team.without(hosts.going), out, desk.name).fit()
+            nodes = hosts.staying()
+            crowding = team.crowds(nodes)
+            # Ray Train would ask for room on nodes that are going, or has not heard of it yet
+            now = team.within(nodes) if crowding or hosts.going else team
+            _trainer(job, now, crowding, out, desk.name).fit()
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
@@ -194,8 +222,10 @@ def _follow(
         thread.join(LOOK_S)
         seen = desk.look()
         shown.show(seen)
+        held()
         if stopped():
-            if time.monotonic() - stopped() > STOP_PATIENCE_S:
+            if time.monotonic() - stopped() > patience_to_stop(seen):
+                say(f"ended before a checkpoint was written: the last one is of step {seen.get('saved', 0)}")
                 break
             continue
         watchdog.look(seen)
@@ -206,12 +236,21 @@ def _follow(
     return outcome[0] if outcome else None
 
 
+def patience_to_stop(seen: dict[str, Any]) -> float:
+    """Seconds from the request to stop until a run is ended as it is. seen: as of `Desk.look`."""
+    longest: float = seen.get("longest", 0.0)
+    patience = min(max(STOP_PATIENCE_S, 2 * longest), SAVE_PATIENCE_S)
+    saving = any(phase == "save" for _, phase, _, _ in seen.get("pulses", {}).values())
+    return patience + SAVE_PATIENCE_S if saving else patience
+
+
 def aside(out: Path) -> Path:
     """Where Ray Train's own state of a run goes; absolute, for what is not it takes for a URI (ray 2.60)."""
     return out.absolute() / ".ray"
 
 
-def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
+def _trainer(job: Job, team: Team, once: bool, out: Path, desk: str) -> Any:
+    """once: whether it shall not start a group again, but end: as many ranks as before may be too many now."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -235,7 +274,9 @@ def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
         run_config=RunConfig(
             name=f"rayograph-{uuid.uuid4().hex[:12]}",
             storage_path=str(ours),
-            failure_config=FailureConfig(max_failures=FAILURES, controller_failure_limit=FAILURES),  # type: ignore[call-arg]
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=0 if once else FAILURES, controller_failure_limit=FAILURES
+            ),
         ),
     )
 
@@ -353,6 +394,12 @@ class _Hosts:
         """Nodes that were seen to be taken away; Ray ends one by itself when nothing runs on it any more."""
         self._looked = time.monotonic()
         self._asked = 0
+
+    def staying(self) -> list[dict[str, float]]:
+        """Resources of the nodes that live and are not being taken away."""
+        import ray
+
+        return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in self.going]
 
     def changed(self, seen: dict[str, Any]) -> bool:
         if not seen or seen["group"] == self._asked or time.monotonic() - self._looked < HOSTS_S:

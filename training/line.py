@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from typing import Any
 
 import ray
 
+from cluster.errors import RayographError
 from training.desk import Place, born
 
 BEAT_S = 1.0
@@ -36,7 +38,7 @@ class Line:
 
     def begin(self, **start: Any) -> tuple[int, str | None]:
         """Rank 0's first word: a group starts. Its number, for `join`, and why it should not, if so."""
-        answer = ray.get(self._desk.begin.remote({**start, "pid": os.getpid()}))
+        answer = _answer(self._desk.begin.remote({**start, "pid": os.getpid(), "host": platform.node()}))
         return answer["group"], answer["refused"]
 
     def join(self, group: int) -> None:
@@ -59,8 +61,19 @@ class Line:
         return self._stop
 
     def flush(self, step: int) -> None:
-        """All rows written so far are durable. May be called in another thread than `write`."""
-        ray.get(self._desk.flush.remote(self._group, step), timeout=FLUSH_S)
+        """All rows written so far are durable. May be called in another thread than `write`.
+
+        Raises:
+            RayographError: they are not.
+        """
+        try:
+            _answer(self._desk.flush.remote(self._group, step), FLUSH_S)
+        except ray.exceptions.GetTimeoutError:
+            raise RayographError(f"the metrics of step {step} were not durable within {FLUSH_S:.0f} s") from None
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of that step is published."""
+        self._desk.saved.remote(step)
 
     def say(self, text: str) -> None:
         """A line for the run's log, which does not have to arrive."""
@@ -72,19 +85,20 @@ class Line:
             self._send()
 
     def fail(self, error: BaseException) -> None:
-        ray.get(self._desk.fail.remote(type(error).__name__, str(error)))
+        ray.get(self._desk.fail.remote(type(error).__name__, str(error), self._group))
 
     def close(self) -> None:
         """The last rows have arrived."""
         self._ended.set()
         self.push()
-        ray.get(self._sent)
+        for reference in self._sent:
+            _answer(reference)
 
     def _exchange(self) -> None:
         """Rows leave when those before them have arrived, and their answer, whether to end, is here."""
         ready, self._sent = ray.wait(self._sent, num_returns=len(self._sent), timeout=0) if self._sent else ([], [])
         if ready:
-            self._stop = ray.get(ready[-1])
+            self._stop = _answer(ready[-1])
         if self._rows and not self._sent:
             self._send()
 
@@ -97,3 +111,13 @@ class Line:
         while not self._ended.wait(BEAT_S):
             if sent is None or ray.wait([sent], timeout=0)[0]:
                 sent = self._desk.beat.remote(self._group, self._rank, self._place, self._phase, self._step)
+
+
+def _answer(reference: Any, timeout: float | None = None) -> Any:
+    """What the desk answers; what it raised on purpose comes out as it was, without the way that it took."""
+    try:
+        return ray.get(reference, timeout=timeout)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RayographError):
+            raise error.cause from None
+        raise

@@ -159,7 +159,14 @@ class Rank:
         self.plan = job.source.plan
         self.total_steps = self.config.epochs * self.plan.batches
         self.peak_lr = self.config.lr * self.config.batch_size / 256
-        self.saver = Saver(job.checkpoints, self.config.keep, before=line.flush)
+        self.saver = Saver(
+            job.checkpoints,
+            self.config.keep,
+            order=self.plan.digest,
+            before=line.flush,
+            after=line.saved,
+            complain=line.say,
+        )
         self.saved_at, self.saved_step = time.monotonic(), self.position.step
 
     def _resume(self) -> Position:
@@ -183,7 +190,7 @@ class Rank:
         if refused:
             raise EndedError(refused)
         if self.config.receipt:
-            self.recorder = Recorder(Path(self.config.receipt), self.job.run, token, self.rank)
+            self.recorder = Recorder(Path(self.config.receipt), self.job.run, token, self.rank, self.world)
         if name is None:
             return Position()
         state = checkpoint.load(self.job.checkpoints, name)
@@ -206,6 +213,7 @@ class Rank:
             EndedError: a step or a checkpoint that starting again would not mend.
         """
         with contextlib.closing(self.recorder) if self.recorder else contextlib.nullcontext():
+            self.line.now("data")
             for batch in self._batches():
                 row, after = self.step(batch)
                 if self.rank == 0:

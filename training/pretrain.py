@@ -72,12 +72,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             job = _job(config, out.uri, dataset, selection, device, tasks)
             learner = build(job)
             before = _restore(out, job)
-            job = replace(job, run=_named(out)) if config.receipt else job
+            job = replace(job, run=_named(out, before[0])) if config.receipt else job
             _announce(job, learner, config.workers if least < most else str(most), len(selection))
             started = time.monotonic()
             probing = Probing(job, dataset, selection) if config.probe else None
             with contextlib.closing(probing) if probing else contextlib.nullcontext():
-                launch(job, Team(least, most, device, config.train_on), out.path, before, probing or (lambda _: None))
+                team = Team(least, most, device, config.train_on, config.read_on)
+                launch(job, team, out.path, before, probing or (lambda _: None), out.refuse_if_taken)
             seconds = time.monotonic() - started
         return _finish(out, job, learner, dataset, selection, seconds, probing)
 
@@ -89,12 +90,19 @@ def _restore(out: OutDir, job: Job) -> tuple[int, int]:
     state, complaints = checkpoint.newest(job.checkpoints)
     for complaint in complaints:
         say(complaint)
-    return (state.position.step, state.position.samples) if state else (0, 0)
+    if state is None:
+        return 0, 0
+    if state.order not in {"", job.source.plan.digest}:
+        raise UsageError(
+            f"--data {storage.printable(job.config.data)}: not the data set that this run was trained on so far; bring "
+            "that one back, or begin anew with --overwrite (and --init a RUN, to start from what one has learnt)"
+        )
+    return state.position.step, state.position.samples
 
 
-def _named(out: OutDir) -> str:
+def _named(out: OutDir, step: int) -> str:
     """What the run's receipts are named after, kept in it before the first of them is written."""
-    name = receipt.run_id(out.path)
+    name = receipt.run_id(out.path, step)
     out.push()
     return name
 
@@ -260,7 +268,10 @@ def _finish(
 def _proof(job: Job, dataset: Dataset, selection: Selection) -> Verdict | None:
     """What the receipts of the ranks say, where they were kept in a folder that this host sees."""
     folder = Path(job.config.receipt) if job.config.receipt else None
-    if folder is None or not folder.is_dir():
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        say(f"--receipt {storage.printable(str(folder))}: not on this host; those that trained have it, unproven")
         return None
     notes = receipt.load(folder, job.run)
     return receipt.check(notes, job.source.plan, selection, receipt.hashes_of(dataset, selection), job.config.epochs)

@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+from cluster.errors import RayographError
 from cluster.progress import say
 from cluster.session import cores
 from training import checkpoint, probe
@@ -15,6 +16,10 @@ from training.loop import Job, build
 SHARE = 0.05
 """A probe of T seconds is not followed by another within T / SHARE: what it takes from the ranks on a full machine."""
 NICENESS = 19
+LOOK_S = 2.0
+"""Not every call lists what may be a bucket."""
+AWAY_S = 30.0
+"""How much longer it is not looked at a store that did not answer."""
 
 
 class Probing:
@@ -42,8 +47,12 @@ class Probing:
             self._ended(desk)
         if time.monotonic() < self._next:
             return
-        newest = next(iter(checkpoint.names(self._job.checkpoints)), "")
-        self._next = time.monotonic() + 2  # not every call lists what may be a bucket
+        self._next = time.monotonic() + LOOK_S
+        try:
+            newest = next(iter(checkpoint.names(self._job.checkpoints)), "")
+        except RayographError:  # a store out of reach: the ranks wait for it, and so does this
+            self._next += AWAY_S
+            return
         if newest and newest != self._probed:
             self._probed, self._began = newest, time.monotonic()
             # its process is made nice, and must not go on to read for the ranks: hence one call each

@@ -3,7 +3,9 @@ held against the plan and the dataset. Plain files, no Ray."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import secrets
 import struct
 import time
@@ -15,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from cluster import storage
-from cluster.errors import DataError
+from cluster.errors import DataError, UsageError
 from training.dataset import Dataset, Selection
 from training.plan import Plan
 
-_FILE = struct.Struct("<8sQ")
-"""Magic, and the time in ns at which the recorder was opened."""
-_MAGIC = b"RAYORCP1"
+_FILE = struct.Struct("<8sQI")
+"""Magic, the time in ns at which the recorder was opened, and how many ranks have a file of that start."""
+_MAGIC = b"RAYORCP2"
 _STEP = struct.Struct("<IIIIQ")
 """CRC32 of the rest of the record, images, epoch, global batch, position of the first image within the epoch."""
 _PER_IMAGE = 16
@@ -30,11 +32,23 @@ RUN_ID = "run.id"
 """The file of a RUN with what its receipts are named after: runs may share a folder for them."""
 
 
-def run_id(run: Path) -> str:
+def run_id(run: Path, step: int) -> str:
     """What the receipts of the RUN in the local folder `run` are named after: drawn at its start, the same whenever it
-    is taken up again, and another one where it was thrown away and begun anew."""
+    is taken up again, and another one where it was thrown away and begun anew.
+
+    Args:
+        step: at which it is taken up.
+
+    Raises:
+        UsageError: it has done steps without receipts.
+    """
     file = run / RUN_ID
     if not file.exists():
+        if step:
+            raise UsageError(
+                f"--receipt: this run has done {step:,} steps without, and receipts of the rest would prove nothing; "
+                "leave it out, or begin anew with --overwrite"
+            )
         storage.write_text(file, secrets.token_hex(8))
     return file.read_text(encoding="utf-8")
 
@@ -55,15 +69,18 @@ class Recorder:
         run: as of `run_id`.
         token: names this start of the run; no two starts share one, since a file is never reopened.
 
+        world: ranks of this start.
+
     Raises:
-        FileExistsError: the token was used before.
+        RayographError: the token was used before, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, run: str, token: str, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, run: str, token: str, rank: int, world: int) -> None:
         self.path = folder / f"receipt-{run}-{token}-rank{rank}.bin"
-        self._file = self.path.open("xb", buffering=0)
-        self._file.write(_FILE.pack(_MAGIC, time.time_ns()))
+        with storage.explained(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("xb", buffering=0)
+        self._write(_FILE.pack(_MAGIC, time.time_ns(), world))
 
     def add(self, epoch: int, batch: int, positions: np.ndarray, samples: np.ndarray, images: np.ndarray) -> None:
         """One step's images have left this process: a kill of it loses at most the step that is being written.
@@ -73,6 +90,9 @@ class Recorder:
             positions: [b], places in the epoch's order, of which a rank's are consecutive; b may be 0.
             samples: [b], rows of the selection.
             images: uint8 [b, H, W, C], as they are handed to the augmentation.
+
+        Raises:
+            RayographError: they cannot be written; the disk is full, perhaps.
         """
         count = len(positions)
         if not count:
@@ -82,7 +102,12 @@ class Recorder:
         hashes = np.fromiter((hash_of(image) for image in images), dtype="<u8", count=count)
         body = np.asarray(samples, dtype="<i8").tobytes() + hashes.tobytes()
         head = _STEP.pack(0, count, epoch, batch, int(positions[0]))[4:]
-        self._file.write(struct.pack("<I", zlib.crc32(head + body)) + head + body)
+        self._write(struct.pack("<I", zlib.crc32(head + body)) + head + body)
+
+    def _write(self, content: bytes) -> None:
+        with storage.explained(self.path):
+            if self._file.write(content) != len(content):  # what comes before a disk is full is written
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()
@@ -110,6 +135,8 @@ class Receipts:
     starts: int
     repeated_steps: int
     """Global batches that more than one start worked on."""
+    absent: int = 0
+    """Ranks of these starts of which there is no file here."""
 
     def __len__(self) -> int:
         return len(self.epoch)
@@ -149,6 +176,7 @@ def load(folder: Path, run: str) -> Receipts:
         digest=columns["digest"][kept],
         starts=len(opened),
         repeated_steps=len(repeated),
+        absent=sum({part.token: part.world for part in parts}.values()) - len(parts),
     )
 
 
@@ -161,6 +189,7 @@ _NONE = {name: np.empty(0, np.int64) for name in ("epoch", "batch", "position", 
 class _Part:
     token: str
     opened: int
+    world: int
     rows: int
     columns: dict[str, np.ndarray]
 
@@ -172,7 +201,7 @@ def _read(path: Path) -> _Part | None:
     named = bool(found) and rank.isdecimal()
     if named and len(content) < _FILE.size and _MAGIC.startswith(content[: len(_MAGIC)]):
         return None
-    magic, opened = _FILE.unpack_from(content) if len(content) >= _FILE.size else (b"", 0)
+    magic, opened, world = _FILE.unpack_from(content) if len(content) >= _FILE.size else (b"", 0, 0)
     if magic != _MAGIC or not named:
         raise DataError(f"{path}: not a receipt of this Rayograph; leave it out")
     columns: dict[str, list[np.ndarray]] = {name: [empty] for name, empty in _NONE.items()}
@@ -192,7 +221,7 @@ def _read(path: Path) -> _Part | None:
         columns["digest"].append(np.frombuffer(content, "<u8", count, body + 8 * count))
         at = end
     joined = {name: np.concatenate(values) for name, values in columns.items()}
-    return _Part(token, opened, len(joined["epoch"]), joined)
+    return _Part(token, opened, world, len(joined["epoch"]), joined)
 
 
 # The check
@@ -262,7 +291,7 @@ def check(receipts: Receipts, plan: Plan, selection: Selection, hashes: np.ndarr
         counts["out_of_order"] += int(misplaced.sum())
         counts["changed"] += int(changed.sum())
         first_fault = first_fault or _first_fault(epoch, position, misplaced | changed, seen, total)
-    sentence = _sentence(total, epochs, len(receipts), receipts.repeated_steps, counts, first_fault)
+    sentence = _sentence(total, epochs, receipts, counts, first_fault)
     return Verdict(total, epochs, len(receipts), receipts.repeated_steps, **counts, sentence=sentence)
 
 
@@ -283,9 +312,8 @@ WORDS: Sequence[tuple[str, str]] = (
 )
 
 
-def _sentence(
-    images: int, epochs: int, shown: int, repeated_steps: int, counts: dict[str, int], first_fault: str
-) -> str:
+def _sentence(images: int, epochs: int, receipts: Receipts, counts: dict[str, int], first_fault: str) -> str:
+    shown, repeated_steps = len(receipts), receipts.repeated_steps
     again = f"; {repeated_steps:,} steps were done again after a restart, and their last time counts"
     if not any(counts.values()):
         return (
@@ -293,6 +321,11 @@ def _sentence(
             f"data set's own pixels ({shown:,} showings)" + (again if repeated_steps else "") + "."
         )
     faults = ", ".join(f"{counts[name]:,} {words}" for name, words in WORDS if counts[name])
+    if receipts.absent and not any(counts[name] for name, _ in WORDS if name != "missing"):
+        return (
+            f"Not proven: {faults} of {images:,} images in {epochs:,} epochs, but {receipts.absent:,} of the receipts "
+            "are not here; other hosts that trained have them in a folder of their own, if they share none."
+        )
     return (
         f"Refuted: of {images:,} images in {epochs:,} epochs, {faults}"
         + (f" ({first_fault})" if first_fault else "")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster import lease, storage
-from cluster.errors import LockedError, UsageError
+from cluster.errors import LockedError, RayographError, UsageError
 from cluster.lease import Lease, Pace
 from cluster.outdir import OutDir
 from cluster.outfile import OutFile, claim_file
@@ -364,13 +364,43 @@ def take_over_in(s3: Store) -> None:
         take_over(s3.bucket)
 
 
-def test_a_store_out_of_reach_for_too_long_costs_the_lease(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("meanwhile", ["nobody", "taken", "taken and ended"])
+def test_after_a_store_was_out_of_reach_for_too_long_its_object_tells_whose_the_lease_is(
+    meanwhile: str, s3: Store
+) -> None:
     held = Lease(f"{s3.bucket}/.lock", "it", QUICK)
+    held._ended.set()  # no sign of life comes between the lines below
+    held._thread.join()
     with s3.refusing(lambda *_: 403):
         time.sleep(2 * QUICK.stale)
-    with pytest.raises(LockedError, match="it: its lease could not be renewed"):
-        held.check()
+        held.refuse_if_taken()  # nobody is known to have it
+        with pytest.raises(RayographError):
+            held.check()
+        with s3.refusing(lambda *_: 0):
+            if meanwhile != "nobody":
+                take_over(s3.bucket)
+            if meanwhile == "taken and ended":
+                storage.remove(f"{s3.bucket}/.lock")
+            if meanwhile == "nobody":
+                held.check()
+                held.check()
+            else:
+                with pytest.raises(LockedError, match=r"it: (another process has taken over|its lease was gone)"):
+                    held.check()
+                with pytest.raises(LockedError, match="this run stops"):
+                    held.refuse_if_taken()
     held.discard()
+
+
+def test_a_lease_that_was_taken_over_is_known_without_asking_the_store(s3: Store) -> None:
+    held = Lease(f"{s3.bucket}/.lock", "it", QUICK)
+    held.refuse_if_taken()
+    take_over(s3.bucket)
+    time.sleep(3 * QUICK.beat)
+    with s3.refusing(lambda *_: 403), pytest.raises(LockedError, match="another process has taken over"):
+        held.refuse_if_taken()
+    held.discard()
+    assert storage.exists(f"{s3.bucket}/.lock"), "it is the other's"
 
 
 # Single files

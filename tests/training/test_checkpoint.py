@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from cluster import storage
 from cluster.errors import RayographError, UsageError
+from tests.s3 import Store
 from training import checkpoint
-from training.checkpoint import Position, Saver, State, collect, newest, restore, save
+from training.checkpoint import DamagedError, Position, Saver, State, collect, newest, restore, save
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -184,12 +186,55 @@ def test_no_single_flipped_bit_of_the_manifest_moves_the_position(tmp_path: Path
         assert found is not None and found.position in (state(1).position, state(2).position), at
 
 
-def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("look", [newest, checkpoint.newest_name])
+def test_when_all_are_damaged_each_is_named_and_none_is_thrown_away(look: Any, tmp_path: Path) -> None:
     for step in (1, 2):
         truncated(tmp_path / save(tmp_path, state(step), keep=2) / "state.safetensors")
-    found, complaints = newest(tmp_path)
-    assert found is None
-    assert [text.split("-")[1] for text in complaints] == ["000000002", "000000001"]
+    with pytest.raises(DamagedError, match=r"no checkpoint is intact.*step-000000002-.*step-000000001-.*--overwrite"):
+        look(tmp_path)
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_of_a_store_a_first_checkpoint_that_was_never_finished_is_none_and_goes(s3: Store) -> None:
+    folder = f"{s3.bucket}/run/checkpoints"
+    name = save(folder, state(1), keep=2)
+    storage.remove(f"{folder}/{name}/checkpoint.json")
+    assert newest(folder)[0] is None and checkpoint.names(folder) == [name]
+    found, complaints = checkpoint.newest_name(folder)
+    assert found is None and [name in text for text in complaints] == [True]
+    assert checkpoint.names(folder) == []
+
+
+def test_what_a_killed_upload_left_on_this_machine_goes_with_the_next_one(s3: Store) -> None:
+    folder = f"{s3.bucket}/run/checkpoints"
+    beside = storage.scratch(folder)
+    for left in (".step-000000001-0a1b2c3d.partial", ".read-x.partial"):
+        (beside / left).mkdir(parents=True)
+    save(folder, state(2), keep=2)
+    assert [path.name for path in beside.iterdir()] == [".read-x.partial"], "a probe may be reading"
+    checkpoint.newest_name(folder)
+    assert list(beside.iterdir()) == []
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_does_not_cost_the_new_one(s3: Store) -> None:
+    folder = f"{s3.bucket}/run/checkpoints"
+    save(folder, state(1), keep=1)
+    told: list[str] = []
+    with s3.refusing(lambda method, path: 403 if method in {"DELETE", "POST"} else 0):
+        save(folder, state(2), keep=1, complain=told.append)
+    assert len(told) == 1 and "an old checkpoint could not be removed" in told[0]
+    assert [checkpoint.step_of(name) for name in checkpoint.names(folder)] == [2, 1]
+    save(folder, state(3), keep=1, complain=told.append)
+    assert [checkpoint.step_of(name) for name in checkpoint.names(folder)] == [3] and len(told) == 1
+
+
+def test_a_checkpoint_knows_the_order_that_its_position_is_a_place_in(tmp_path: Path) -> None:
+    save(tmp_path, replace(state(1), order="an order"), keep=2)
+    found, _ = newest(tmp_path)
+    assert found is not None and found.order == "an order"
+    save(tmp_path, state(2), keep=2)
+    found, _ = newest(tmp_path)
+    assert found is not None and found.order == ""
 
 
 def test_what_an_interrupted_save_leaves_behind_is_ignored_and_written_over(tmp_path: Path) -> None:
@@ -238,10 +283,19 @@ def test_the_format_before_is_read(tmp_path: Path) -> None:
     found, complaints = newest(tmp_path)
     assert found is not None and (found.position.step, complaints) == (1, [])
     file.write_text(json.dumps({"format": 1, "position": content["position"] | {"step": 7}, "sha256": digests}))
-    assert newest(tmp_path)[0] is None
+    with pytest.raises(DamagedError, match="its manifest was changed"):
+        newest(tmp_path)
 
 
 # Written while training goes on
+
+
+def saver_of(folder: Path, keep: int = 2, **more: Any) -> Saver:
+    def nothing(_: Any) -> None:
+        return
+
+    settings: dict[str, Any] = {"order": "an order", "before": nothing, "after": nothing, "complain": nothing}
+    return Saver(folder, keep, **settings | more)
 
 
 def _wait(gate: threading.Event) -> None:
@@ -253,7 +307,7 @@ def test_what_is_saved_is_the_state_at_the_call_whatever_training_does_meanwhile
     train(module, optimizer, 0, 2)
     expected = collect(module, optimizer)
     gate = threading.Event()
-    saver = Saver(tmp_path, keep=2, before=lambda step: _wait(gate))
+    saver = saver_of(tmp_path, before=lambda step: _wait(gate))
     saver.save(Position(0, 2, 2, 12), module, optimizer)
     assert saver.busy
     train(module, optimizer, 2, 4)
@@ -267,16 +321,21 @@ def test_what_is_saved_is_the_state_at_the_call_whatever_training_does_meanwhile
 def test_rows_are_durable_before_the_checkpoint_that_relies_on_them(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     module, optimizer = build()
-    saver = Saver(tmp_path, keep=2, before=lambda step: seen.append((step, len(list(tmp_path.glob("step-*"))))))
+
+    def look(step: int) -> None:
+        seen.append((step, len(list(tmp_path.glob("step-*")))))
+
+    saver = saver_of(tmp_path, before=look, after=look)
     for step in (1, 2):
         saver.save(Position(step=step), module, optimizer)
     saver.wait()
-    assert seen == [(1, 0), (2, 1)]
+    assert seen == [(1, 0), (1, 1), (2, 1), (2, 2)]
+    assert {newest(tmp_path)[0].order} == {"an order"}  # type: ignore[union-attr]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_one_before(tmp_path: Path) -> None:
     module, optimizer = build()
-    saver = Saver(tmp_path, keep=1, before=lambda step: None)
+    saver = saver_of(tmp_path, keep=1)
     saver.save(Position(step=1), module, optimizer)
     saver.wait()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 
 
 def start(run: Desk, step: int = 0, workers: int = 2) -> dict[str, Any]:
-    return run.begin({"from_step": step, "workers": workers, "device": "cpu", "pid": 1})
+    return run.begin({"from_step": step, "workers": workers, "device": "cpu", "pid": 1, "host": "h"})
 
 
 def steps(folder: Path) -> list[int]:
@@ -138,6 +139,64 @@ def test_a_run_that_gets_on_between_its_restarts_is_never_given_up(run: Desk) ->
         answer = start(run, step=step)
         assert not answer["refused"]
         run.write(answer["group"], [row(step + 1)])
+
+
+def test_a_group_that_finds_no_checkpoint_where_there_was_one_changes_nothing(run: Desk, tmp_path: Path) -> None:
+    """A host that does not see --out, or a disk that was swept: to begin anew would cut the metrics off."""
+    group = start(run)["group"]
+    run.write(group, [row(n) for n in range(1, 8)])
+    run.saved(5)
+    assert run.look()["saved"] == 5
+    refused = run.begin({"from_step": 0, "workers": 2, "device": "cpu", "pid": 1, "host": "lonely"})["refused"]
+    assert "lonely found no intact checkpoint" in refused and "step 5" in refused
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    assert run.look()["failure"] == {"kind": "RayographError", "message": refused}
+
+
+def test_a_desk_that_takes_the_place_of_another_knows_what_was_saved(tmp_path: Path) -> None:
+    for saved, refused in ((0, False), (3, True), (None, True)):
+        (tmp_path / f"{saved}").mkdir()
+        run = Desk()
+        assert run.open(str(tmp_path / f"{saved}"), str(tmp_path), 9, saved)
+        assert bool(start(run)["refused"]) == refused
+        run.close()
+
+
+def test_a_group_that_has_ended_publishes_no_checkpoint_and_fails_nobody(run: Desk) -> None:
+    old = start(run)["group"]
+    run.write(old, [row(1), row(2)])
+    new = start(run)["group"]
+    run.write(new, [row(1), row(2)])
+    with pytest.raises(RayographError, match="has ended"):
+        run.flush(old, 2)
+    run.fail("RayographError", "its checkpoint", old)
+    assert run.look()["failure"] is None
+    run.flush(new, 2)
+    run.fail("DataError", "a rank that comes up", 0)
+    assert run.look()["failure"] == {"kind": "DataError", "message": "a rank that comes up"}
+
+
+def test_a_disk_that_is_full_is_told_in_one_line_wherever_rows_meet_it(run: Desk, tmp_path: Path) -> None:
+    group = start(run)["group"]
+    run._file.close()
+    run._file = open("/dev/full", "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    assert run.write(group, [row(1)]) is True
+    told = f"{tmp_path / METRICS}: the disk is full; free some space and run the same command again"
+    assert run.look()["failure"] == {"kind": "RayographError", "message": told}
+    run._last = 1
+    with pytest.raises(RayographError, match="the disk is full"):
+        run.flush(group, 1)
+    with contextlib.suppress(OSError):
+        run._file.close()
+    run._file = (tmp_path / METRICS).open("a")
+
+
+def test_a_stopped_run_is_given_the_time_that_its_steps_and_its_checkpoint_take() -> None:
+    step, save = seen(("step", 0.1), since_step=0.1), seen(("save", 0.1), ("step", 0.1), since_step=0.1)
+    assert launch.patience_to_stop({}) == launch.patience_to_stop(step) == launch.STOP_PATIENCE_S
+    assert launch.patience_to_stop(save) == launch.STOP_PATIENCE_S + launch.SAVE_PATIENCE_S
+    assert launch.patience_to_stop(step | {"longest": 6.0}) == 12.0
+    assert launch.patience_to_stop(step | {"longest": 600.0}) == launch.SAVE_PATIENCE_S
 
 
 def test_after_a_deliberate_error_no_group_starts_again(run: Desk) -> None:
@@ -255,6 +314,24 @@ def test_ranks_fit_where_a_node_has_all_that_one_takes() -> None:
     assert Team(1, 9, "cuda").room([{"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}]) == 8
 
 
+def test_ranks_on_cpus_leave_one_that_can_read() -> None:
+    team, two = Team(1, 8, "cpu"), [{"CPU": 2.0}, {"CPU": 2.0}]
+    assert team.room(two) == 3 and Team(1, 2, "cpu").room(two) == 2
+    assert Team(1, 8, "cpu", reading="data").room([{"CPU": 2.0}, {"CPU": 2.0, "data": 1.0}]) == 3
+    assert Team(1, 8, "cpu", reading="data").room([{"CPU": 2.0}, {"CPU": 3.5, "data": 1.0}]) == 4
+    assert Team(1, 8, "cuda").room([{"CPU": 2.0, "GPU": 2.0}]) == 2, "they take no CPU"
+
+
+def test_ray_train_alone_decides_where_the_reading_has_nodes_of_its_own() -> None:
+    trainers, readers = {"CPU": 2.0, "trainer": 2.0}, {"CPU": 1.0, "data": 1.0}
+    assert Team(1, 8, "cpu").crowds([{"CPU": 2.0}, {"CPU": 2.0}])
+    assert not Team(1, 8, "cpu", "trainer").crowds([trainers, readers])
+    assert Team(1, 8, "cpu", "trainer").crowds([trainers, trainers])
+    assert not Team(1, 8, "cpu", "trainer", "data").crowds([trainers, readers])
+    assert Team(1, 8, "cpu", "trainer", "data").crowds([trainers, {"CPU": 9.0}])
+    assert not Team(2, 2, "cpu").crowds([trainers]) and not Team(1, 8, "cuda").crowds([trainers])
+
+
 def test_rows_survive_a_line_that_is_no_json() -> None:
     good = json.dumps(row(1))
     assert [r["step"] for r in read_metrics(f"{good}\nnonsense\n{json.dumps(row(2))}\n")] == [1, 2]
@@ -288,16 +365,24 @@ def test_a_host_that_is_about_to_go_is_told_once_to_a_group_that_has_a_rank_on_i
     assert hosts.changed(now | {"group": 2}), "the next group has a rank there again"
 
 
-def test_a_team_is_as_small_as_the_nodes_that_stay_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_team_is_as_small_as_the_nodes_want_it() -> None:
+    a, b = {"CPU": 2.0}, {"CPU": 2.0}
+    assert Team(1, 8, "cpu").within([a, b]) == Team(1, 3, "cpu")
+    assert Team(1, 8, "cpu").within([a]) == Team(1, 1, "cpu")
+    assert Team(1, 8, "cpu").within([]) == Team(1, 1, "cpu"), "it waits for the least"
+    assert Team(3, 3, "cpu").within([a]) == Team(3, 3, "cpu"), "it waits for another node"
+
+
+def test_nodes_that_are_gone_or_going_do_not_stay(going: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    nodes = [{"NodeID": name, "Alive": name != "dead", "Resources": {"CPU": 2.0}} for name in ("a", "b", "dead")]
+    nodes = [{"NodeID": n, "Alive": n != "dead", "Resources": {"CPU": c}} for c, n in enumerate(("a", "b", "dead"))]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    team = Team(1, 8, "cpu")
-    assert team.without(set()) == team, "Ray Train itself takes what there is, and what comes"
-    assert team.without({"b"}) == Team(1, 2, "cpu")
-    assert team.without({"a", "b"}) == Team(1, 1, "cpu")
-    assert Team(3, 3, "cpu").without({"b"}) == Team(3, 3, "cpu"), "it waits for another node"
+    hosts = launch._Hosts(Team(1, 8, "cpu"))
+    assert hosts.staying() == [{"CPU": 0}, {"CPU": 1}]
+    going["a"] = 0
+    hosts.changed(seen(("step", 0.1), since_step=0.1) | {"world": 8})
+    assert hosts.staying() == [{"CPU": 1}]
 
 
 def test_the_growth_of_a_cluster_is_tried_once(going: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +399,7 @@ def test_the_growth_of_a_cluster_is_tried_once(going: dict[str, int], monkeypatc
     nodes[1]["Alive"], going["b"] = True, 0
     time.sleep(0.25)
     assert not hosts.changed(alone), "it is being taken away"
-    nodes.append({"NodeID": "c", "Alive": True, "Resources": {"CPU": 1.0}})
+    nodes.append({"NodeID": "c", "Alive": True, "Resources": {"CPU": 2.0}})
     assert not hosts.changed(alone), "Ray Train does not know of it yet"
     time.sleep(0.25)
     assert hosts.changed(alone)

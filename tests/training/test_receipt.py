@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.errors import DataError
+from cluster.errors import DataError, RayographError, UsageError
 from cluster.outdir import OutDir
 from training import receipt
 from training.dataset import ROW_GROUP, Dataset, Selection
@@ -71,7 +71,7 @@ class World:
         token = f"start{next(NUMBER)}"
         shown = self.pixels if pixels is None else pixels
         for rank in range(world):
-            with Recorder(self.folder, run, token, rank) as recorder:
+            with Recorder(self.folder, run, token, rank, world) as recorder:
                 for epoch, batch, positions, samples in batches:
                     low, high = rank_slice(len(positions), rank, world)
                     mine = samples[low:high]
@@ -195,7 +195,7 @@ def test_a_run_keeps_its_name_when_it_is_taken_up_again_and_gets_another_when_it
             str(tmp_path / "run"), verb="pretrain", config=data, identity=data, raisable={}, overwrite=overwrite
         )
         with opened as out:
-            return receipt.run_id(out.path)
+            return receipt.run_id(out.path, 0)
 
     first = name()
     assert name() == first
@@ -209,7 +209,7 @@ def test_a_record_cut_off_by_a_kill_is_left_out_and_damage_is_not(world: World) 
     (file,) = world.folder.glob("receipt-*.bin")
     whole = file.read_bytes()
     counts = []
-    for cut in range(0, len(whole) + 1, 16):
+    for cut in range(0, len(whole) + 1, 4):
         file.write_bytes(whole[:cut])
         counts.append(len(receipt.load(world.folder, RUN)))
     assert counts == sorted(counts) and set(counts) == {0, BATCH, 2 * BATCH}
@@ -228,18 +228,44 @@ def test_nothing_recorded_proves_nothing(world: World) -> None:
 
 def test_a_rank_without_a_row_writes_nothing_and_a_token_serves_once(world: World) -> None:
     empty = np.empty(0, np.int64)
-    with Recorder(world.folder, RUN, "a", 0) as recorder:
+    with Recorder(world.folder, RUN, "a", 0, 1) as recorder:
         before = recorder.path.stat().st_size
         recorder.add(0, 0, empty, empty, np.empty((0, 1, 1, 1), np.uint8))
         assert recorder.path.stat().st_size == before
         recorder.add(0, 1, np.arange(2), np.arange(2), world.pixels[:2])
         assert recorder.path.stat().st_size > before, "nothing is held back"
-    with pytest.raises(FileExistsError):
-        Recorder(world.folder, RUN, "a", 0)
+    with pytest.raises(RayographError, match="exists"):
+        Recorder(world.folder, RUN, "a", 0, 1)
+
+
+def test_receipts_that_other_hosts_keep_to_themselves_do_not_refute_a_run(world: World) -> None:
+    world.run(world.batches(), 2)
+    files = sorted(world.folder.glob("*.bin"))
+    files[1].unlink()
+    verdict = world.judge()
+    assert not verdict.proven and verdict.missing
+    assert verdict.sentence.startswith("Not proven: ") and "but 1 of the receipts are not here" in verdict.sentence
+
+
+def test_receipts_for_the_rest_of_a_run_are_refused_and_those_of_a_whole_one_are_not(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--receipt: this run has done 7 steps without"):
+        receipt.run_id(tmp_path, 7)
+    assert not list(tmp_path.iterdir())
+    name = receipt.run_id(tmp_path, 0)
+    assert receipt.run_id(tmp_path, 7) == name
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(world: World) -> None:
+    recorder = Recorder(world.folder, RUN, "a", 0, 1)
+    recorder._file.close()
+    recorder._file = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115
+    with pytest.raises(RayographError, match="the disk is full"):
+        recorder.add(0, 1, np.arange(2), np.arange(2), world.pixels[:2])
+    recorder.close()
 
 
 def test_positions_with_a_gap_are_refused(world: World) -> None:
-    with Recorder(world.folder, RUN, "a", 0) as recorder, pytest.raises(ValueError, match="consecutive"):
+    with Recorder(world.folder, RUN, "a", 0, 1) as recorder, pytest.raises(ValueError, match="consecutive"):
         recorder.add(0, 0, np.asarray([0, 2]), np.arange(2), world.pixels[:2])
 
 
