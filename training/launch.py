@@ -33,6 +33,8 @@ SETTLED_S = 25.0
 """How long a cluster must have been as it is before more ranks are tried: what Ray Train itself knows of it is up to
 20 s old (the tick of its AutoscalingCoordinator), and a restart before that would bring as many as there were."""
 LOOK_S = 0.5
+STARVED_S = 10.0
+"""How long ranks wait for data before it is asked whether the cluster has a CPU left that reads for them."""
 HOSTS_S = 5.0
 """How often it is looked for hosts that could hold more ranks, or are about to be taken away."""
 WATCH_S = 3.0
@@ -70,10 +72,15 @@ class Team:
         own = {"GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
         return own | ({self.on: 1.0} if self.on else {})
 
+    @property
+    def greedy(self) -> bool:
+        """Whether there may be more ranks than leave a CPU to read, if it is left to Ray Train how many."""
+        return self.elastic and "CPU" in self.bundle
+
     def crowds(self, nodes: list[dict[str, float]]) -> bool:
-        """Whether ranks may take all CPUs that could read for them, if it is left to Ray Train how many there are."""
+        """Whether ranks may take all CPUs of these nodes that could read for them."""
         apart = [n for n in self._readers(nodes) if self.on and not n.get(self.on) and n.get("CPU", 0.0) >= 1]
-        return self.elastic and "CPU" in self.bundle and not apart
+        return self.greedy and not apart
 
     def within(self, nodes: list[dict[str, float]]) -> Team:
         """This team with no more ranks than fit on these nodes. One that is not elastic waits for another node."""
@@ -207,10 +214,9 @@ def _follow(
     def fit() -> None:
         try:
             nodes = hosts.staying()
-            crowding = team.crowds(nodes)
             # Ray Train would ask for room on nodes that are going, or has not heard of it yet
-            now = team.within(nodes) if crowding or hosts.going else team
-            _trainer(job, now, crowding, out, desk.name).fit()
+            now = team.within(nodes) if team.crowds(nodes) or hosts.going else team
+            _trainer(job, now, out, desk.name).fit()
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
@@ -228,7 +234,7 @@ def _follow(
                 say(f"ended before a checkpoint was written: the last one is of step {seen.get('saved', 0)}")
                 break
             continue
-        watchdog.look(seen)
+        watchdog.look(seen, hosts.starved)
         if hosts.changed(seen):
             desk.order("regroup")
         watch(desk.actor)
@@ -249,8 +255,8 @@ def aside(out: Path) -> Path:
     return out.absolute() / ".ray"
 
 
-def _trainer(job: Job, team: Team, once: bool, out: Path, desk: str) -> Any:
-    """once: whether it shall not start a group again, but end: as many ranks as before may be too many now."""
+def _trainer(job: Job, team: Team, out: Path, desk: str) -> Any:
+    """One that does not start a group of a greedy team again, but ends: as many ranks as before may be too many now."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -275,7 +281,7 @@ def _trainer(job: Job, team: Team, once: bool, out: Path, desk: str) -> Any:
             name=f"rayograph-{uuid.uuid4().hex[:12]}",
             storage_path=str(ours),
             failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=0 if once else FAILURES, controller_failure_limit=FAILURES
+                max_failures=0 if team.greedy else FAILURES, controller_failure_limit=FAILURES
             ),
         ),
     )
@@ -323,22 +329,27 @@ class _Shown:
 
 
 class _Watchdog:
-    """Kills ranks that hang: where one rank is stopped, the others wait for it forever."""
+    """Kills ranks that hang: where one rank is stopped, the others wait for it forever, and all for data that nothing
+    reads."""
 
     def __init__(self, patience_s: float) -> None:
         self._patience = patience_s
         self._acted = time.monotonic()
 
-    def look(self, seen: dict[str, Any]) -> None:
+    def look(self, seen: dict[str, Any], starved: Callable[[dict[str, Any]], bool]) -> None:
+        """starved: as `_Hosts.starved`."""
         if not seen or not seen["group"] or time.monotonic() - self._acted < WATCH_S:
             return
-        suspects = stuck(seen, self._patience)
+        hungry = starved(seen)
+        suspects = sorted(seen["pulses"]) if hungry else stuck(seen, self._patience)
         if not suspects:
             return
         killed = kill_ranks({rank: seen["pulses"][rank][0] for rank in suspects})
         if killed:  # else their group has ended, and the next one has not begun
             ranks = ", ".join(map(str, killed))
-            say(f"no step for {seen['since_step']:.0f} s after step {seen['step']}: rank {ranks} hangs and is replaced")
+            lost = "a host is gone, and no CPU is left to read for so many ranks; fewer go on"
+            why = lost if hungry else f"rank {ranks} hangs and is replaced"
+            say(f"no step for {seen['since_step']:.0f} s after step {seen['step']}: {why}")
         self._acted = time.monotonic()
 
 
@@ -389,6 +400,7 @@ class _Hosts:
     """Tells when hosts that come or go are a reason to start a group again, after a checkpoint; once for each group."""
 
     def __init__(self, team: Team) -> None:
+        self._team = team
         self._growth = _Growth(team)
         self.going: set[str] = set()
         """Nodes that were seen to be taken away; Ray ends one by itself when nothing runs on it any more."""
@@ -400,6 +412,14 @@ class _Hosts:
         import ray
 
         return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in self.going]
+
+    def starved(self, seen: dict[str, Any]) -> bool:
+        """Whether ranks wait for data that fewer of them would get: a node was lost on which it was read."""
+        waits = any(phase == "data" for _, phase, _, _ in seen["pulses"].values())
+        if not (self._team.greedy and waits and seen["since_step"] > STARVED_S):
+            return False
+        room = self._team.within(self.staying()).most
+        return room < int(seen["world"])
 
     def changed(self, seen: dict[str, Any]) -> bool:
         if not seen or seen["group"] == self._asked or time.monotonic() - self._looked < HOSTS_S:

@@ -373,6 +373,27 @@ def test_a_team_is_as_small_as_the_nodes_want_it() -> None:
     assert Team(3, 3, "cpu").within([a]) == Team(3, 3, "cpu"), "it waits for another node"
 
 
+def test_ranks_that_wait_for_what_nothing_can_read_make_room_for_fewer(
+    going: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    nodes = [{"NodeID": n, "Alive": True, "Resources": {"CPU": 1.0}} for n in "abc"]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    waits = seen(("data", 0.1), ("step", 0.1), since_step=launch.STARVED_S + 1) | {"group": 1, "world": 2}
+    hosts = launch._Hosts(Team(1, 4, "cpu"))
+    assert not hosts.starved(waits), "two train and one reads"
+    nodes[2]["Alive"] = False
+    assert hosts.starved(waits)
+    assert not hosts.starved(waits | {"since_step": 1.0}) and not hosts.starved(waits | {"world": 1})
+    assert not hosts.starved(waits | seen(("step", 0.1), ("save", 0.1), since_step=99.0))
+    nodes[2]["Alive"] = True
+    hosts.going.add("c")
+    assert hosts.starved(waits), "it gets nothing new to do"
+    for team in (Team(2, 4, "cpu"), Team(2, 2, "cpu"), Team(1, 4, "cuda")):
+        assert not launch._Hosts(team).starved(waits), "fewer are not wanted, or they take no CPU"
+
+
 def test_nodes_that_are_gone_or_going_do_not_stay(going: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
@@ -408,5 +429,6 @@ def test_the_growth_of_a_cluster_is_tried_once(going: dict[str, int], monkeypatc
 
 
 def test_before_the_desk_was_heard_nothing_hangs_and_no_host_has_changed() -> None:
-    launch._Watchdog(1.0).look({})
-    assert not launch._Hosts(Team(1, 2, "cpu")).changed({})
+    hosts = launch._Hosts(Team(1, 2, "cpu"))
+    launch._Watchdog(1.0).look({}, hosts.starved)
+    assert not hosts.changed({})
