@@ -95,7 +95,7 @@ class Lease:
         self._uri, self._subject, self._pace = uri, subject, pace or Pace()
         self._me = secrets.token_hex(8)
         self._taken: str | None = None
-        self._renewed = time.monotonic()
+        self._renewed = _clock()
         self._ended = threading.Event()
         self._renewing = threading.Lock()
         held = self._read()
@@ -148,7 +148,7 @@ class Lease:
             held = self._read() if self._taken is None else None
             if held is not None and held.holder != self._me:
                 self._taken = f"another process has taken over ({held})"
-            elif held is None and time.monotonic() - self._renewed > self._pace.stale:
+            elif held is None and _clock() - self._renewed > self._pace.stale:
                 self._taken = "its lease was gone after the store was out of reach for too long"
             if self._taken is None:
                 self._write()
@@ -172,7 +172,7 @@ class Lease:
     def _write(self) -> None:
         mine = _Holder(self._me, socket.gethostname(), _machine(), os.getpid(), time.time())
         storage.write_json(self._uri, asdict(mine))
-        self._renewed = time.monotonic()
+        self._renewed = _clock()
 
     def _read(self) -> _Holder | None:
         """The holder; None where there is none, or what is there is no lease."""
@@ -180,6 +180,11 @@ class Lease:
             return _Holder(**json.loads(storage.read_bytes(self._uri)))
         except (UsageError, TypeError, ValueError):
             return None
+
+
+def _clock() -> float:
+    """Seconds, those included in which this machine was asleep, where it can tell."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _machine() -> str:

@@ -6,6 +6,7 @@ of itself. A name holds the step and a token of its own, so that no writer ever 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,15 +221,25 @@ def load(folder: Path | str, name: str) -> State:
         manifest = _manifest(storage.join(where, MANIFEST))
         if storage.is_local(where):
             return _loaded(manifest, storage.local_path(where) / STATE)
-        beside = _beside(folder)
-        beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".read-", suffix=".partial", dir=beside) as scratch:
-            storage.fetch(storage.join(where, STATE), Path(scratch) / STATE)
-            return _loaded(manifest, Path(scratch) / STATE)
+        with _reading(_beside(folder)) as scratch:
+            storage.fetch(storage.join(where, STATE), scratch / STATE)
+            return _loaded(manifest, scratch / STATE)
     except NewerFormatError:
         raise
     except UsageError as error:  # a file that is not there
         raise DamagedError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _reading(beside: Path) -> Iterator[Path]:
+    """A folder of its own in `beside` to fetch to, gone after the block."""
+    with storage.explained(beside):
+        beside.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".read-", suffix=".partial", dir=beside))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _manifest(file: str) -> dict[str, Any]:

@@ -135,9 +135,9 @@ class Desk:
                 return {"group": self._group.number, "refused": self._failure["message"]}
             with storage.explained(self._path / METRICS):
                 self._reopen(start["from_step"])
+                self._write([{"event": "start", **start, "time": time.time()}])
             self._last = start["from_step"]
             self._arrived.notify_all()
-            self._write([{"event": "start", **start, "time": time.time()}])
             return {"group": self._group.number, "refused": None}
 
     def write(self, group: int, rows: list[dict[str, Any]]) -> bool:

@@ -28,7 +28,7 @@ from training.worker import enter
 FAILURES = 8
 """Ends of a group that one of Ray's controllers mends before it gives up; then, if the run got on, a new one starts."""
 IDLE_LAUNCHES = 3
-"""Controllers that may end, one after the other, without one new step."""
+"""Controllers that may end, one after the other, without one new step; of those that mend nothing, `FAILURES`."""
 SETTLED_S = 25.0
 """How long a cluster must have been as it is before more ranks are tried: what Ray Train itself knows of it is up to
 20 s old (the tick of its AutoscalingCoordinator), and a restart before that would bring as many as there were."""
@@ -87,11 +87,13 @@ class Team:
         return replace(self, most=max(self.least, self.room(nodes)))
 
     def room(self, nodes: list[dict[str, float]]) -> int:
-        """Ranks that fit on nodes with these resources, at most `most`, and leave a CPU to read for them."""
+        """Ranks that fit on nodes with these resources, at most `most`, and leave a CPU to read for them, wherever
+        Ray puts them. Where no node could ever read, as many as fit: fewer would not help."""
         fit = sum(map(self._fit, nodes))
-        if "CPU" in self.bundle:
-            left = sum(n.get("CPU", 0.0) - self._fit(n) for n in self._readers(nodes))
-            fit -= left < 1
+        readers = self._readers(nodes)
+        if "CPU" in self.bundle and not any(n.get("CPU", 0.0) - self._fit(n) >= 1 for n in readers):
+            there = sum(map(self._fit, readers))  # all of them may fill up first
+            fit = min(fit, there - 1) if there else fit
         return min(self.most, fit)
 
     def _fit(self, node: dict[str, float]) -> int:
@@ -106,7 +108,7 @@ def launch(
     team: Team,
     out: Path,
     before: tuple[int, int],
-    watch: Callable[[Any], None],
+    watch: Callable[[Any, int], None],
     held: Callable[[], None] = lambda: None,
 ) -> None:
     """The worker loop has come to its end on every rank, or an error says why not. Ray must be up.
@@ -114,7 +116,8 @@ def launch(
     Args:
         out: the local folder of the run.
         before: step and samples of the checkpoint that it starts from.
-        watch: called now and then with the desk, to look at the run from aside; must not block.
+        watch: called now and then with the desk and the step of the newest checkpoint, to look at the run from aside;
+            must not block.
         held: called as often; raises where this process is not the one that writes the run any more.
 
     Raises:
@@ -137,7 +140,7 @@ def launch(
                     return
                 idle = 0 if desk.step > reached else idle + 1
                 why = _cause(error) if error else "hosts come or go"
-                if idle >= IDLE_LAUNCHES:
+                if idle >= (FAILURES if team.greedy else IDLE_LAUNCHES):
                     raise RayographError(f"training failed: {why}; details in {out / 'run.log'}") from error
                 say(f"interrupted at step {desk.step} ({why}); training goes on from its last checkpoint")
     finally:
@@ -204,7 +207,7 @@ def _follow(
     hosts: _Hosts,
     shown: _Shown,
     stopped: Callable[[], float],
-    watch: Callable[[Any], None],
+    watch: Callable[[Any, int], None],
     held: Callable[[], None],
 ) -> BaseException | None:
     """One controller of Ray Train, from its start to its end; what it ended with."""
@@ -237,7 +240,7 @@ def _follow(
         watchdog.look(seen, hosts.starved)
         if hosts.changed(seen):
             desk.order("regroup")
-        watch(desk.actor)
+        watch(desk.actor, seen.get("saved", 0))
     shown.show(desk.look())
     return outcome[0] if outcome else None
 

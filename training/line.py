@@ -32,7 +32,7 @@ class Line:
         self._sent: list[Any] = []
         self._stop = False
         self._phase, self._step = "start", 0
-        self._ended = threading.Event()
+        self._ended, self._news = threading.Event(), threading.Event()
         self._place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), born(os.getpid()))
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -46,9 +46,11 @@ class Line:
         self._group = group
 
     def now(self, phase: str, step: int | None = None) -> None:
-        """What the rank is doing, for the heartbeat."""
+        """What the rank is doing, for the heartbeat, which comes at once where it says how long a stop may take."""
         self._phase = phase
         self._step = self._step if step is None else step
+        if phase == "save":
+            self._news.set()
 
     def write(self, row: dict[str, Any]) -> None:
         """The row is on its way, together with those that waited for the one before to arrive."""
@@ -90,6 +92,7 @@ class Line:
     def close(self) -> None:
         """The last rows have arrived."""
         self._ended.set()
+        self._news.set()
         self.push()
         for reference in self._sent:
             _answer(reference)
@@ -108,7 +111,11 @@ class Line:
 
     def _beat(self) -> None:
         sent: Any = None
-        while not self._ended.wait(BEAT_S):
+        while True:
+            self._news.wait(BEAT_S)
+            self._news.clear()
+            if self._ended.is_set():
+                return
             if sent is None or ray.wait([sent], timeout=0)[0]:
                 sent = self._desk.beat.remote(self._group, self._rank, self._place, self._phase, self._step)
 

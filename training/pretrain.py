@@ -78,7 +78,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             probing = Probing(job, dataset, selection) if config.probe else None
             with contextlib.closing(probing) if probing else contextlib.nullcontext():
                 team = Team(least, most, device, config.train_on, config.read_on)
-                launch(job, team, out.path, before, probing or (lambda _: None), out.refuse_if_taken)
+                launch(job, team, out.path, before, probing or (lambda _desk, _saved: None), out.refuse_if_taken)
             seconds = time.monotonic() - started
         return _finish(out, job, learner, dataset, selection, seconds, probing)
 

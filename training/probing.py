@@ -16,14 +16,13 @@ from training.loop import Job, build
 SHARE = 0.05
 """A probe of T seconds is not followed by another within T / SHARE: what it takes from the ranks on a full machine."""
 NICENESS = 19
-LOOK_S = 2.0
-"""Not every call lists what may be a bucket."""
-AWAY_S = 30.0
-"""How much longer it is not looked at a store that did not answer."""
 
 
 class Probing:
-    """Called with the run's desk now and then; probes the newest checkpoint when the last probe is long enough ago."""
+    """Called now and then; probes the newest checkpoint when the last probe is long enough ago.
+
+    The call itself asks no store, which might keep the driver waiting: the task finds the checkpoint.
+    """
 
     def __init__(self, job: Job, dataset: Dataset, selection: Selection) -> None:
         import ray
@@ -33,31 +32,25 @@ class Probing:
         self.sentence = self._data.sentence
         self._shared = ray.put(self._data)
         self._running: Any = None
-        self._probed = ""
+        self._probed = 0
         self._next = time.monotonic()
         self._began = 0.0
         self._told = False
 
-    def __call__(self, desk: Any) -> None:
+    def __call__(self, desk: Any, saved: int) -> None:
+        """desk: the run's. saved: the step of its newest checkpoint, 0 before the first."""
         import ray
 
         if self._running is not None:
             if not ray.wait([self._running], timeout=0)[0]:
                 return
             self._ended(desk)
-        if time.monotonic() < self._next:
+        if saved <= self._probed or time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + LOOK_S
-        try:
-            newest = next(iter(checkpoint.names(self._job.checkpoints)), "")
-        except RayographError:  # a store out of reach: the ranks wait for it, and so does this
-            self._next += AWAY_S
-            return
-        if newest and newest != self._probed:
-            self._probed, self._began = newest, time.monotonic()
-            # its process is made nice, and must not go on to read for the ranks: hence one call each
-            task: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(probe_checkpoint)
-            self._running = task.remote(self._job, newest, self._shared)
+        self._probed, self._began = saved, time.monotonic()
+        # its process is made nice, and must not go on to read for the ranks: hence one call each
+        task: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(probe_newest)
+        self._running = task.remote(self._job, self._shared)
 
     def close(self) -> None:
         """No probe is left running."""
@@ -91,7 +84,7 @@ class Probing:
 
     def _failed(self, desk: Any, error: Any) -> None:
         """An error of the probe's own code stands in the log, and is said once: every checkpoint may bring it again."""
-        desk.say.remote(f"a probe of {self._probed} ended:\n{error}")
+        desk.say.remote(f"a probe of step {self._probed} ended:\n{error}")
         if not self._told:
             self._told = True
             cause = next(iter(str(error.cause).splitlines()), "")
@@ -101,16 +94,19 @@ class Probing:
             )
 
 
-def probe_checkpoint(job: Job, name: str, data: probe.ProbeData) -> dict[str, Any] | None:
-    """The row of `metrics.jsonl` for a checkpoint; None where it is gone. Gives way to whatever else runs there."""
+def probe_newest(job: Job, data: probe.ProbeData) -> dict[str, Any] | None:
+    """The row of `metrics.jsonl` for the newest intact checkpoint; None where there is none, or the store is out of
+    reach: the next one is probed then. Gives way to whatever else runs there."""
     import torch
 
     os.nice(NICENESS - os.nice(0))
     torch.set_num_threads(max(1, cores() // 2))
     began = time.monotonic()
     try:
-        state = checkpoint.load(job.checkpoints, name)
-    except (checkpoint.DamagedError, FileNotFoundError):  # removed in favour of newer ones while it was read
+        state, _ = checkpoint.newest(job.checkpoints)
+    except (RayographError, FileNotFoundError):  # the latter: removed in favour of newer ones while it was read
+        return None
+    if state is None:
         return None
     learner = build(job)
     module = learner.module

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cluster.session import cores
 
 Row = tuple[str, str, str, str, str]
 """What is compared, ours, the peer's, their ratio, the aim."""
@@ -32,3 +36,46 @@ def environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def taken_beside(run: Path) -> Iterator[list[float]]:
+    """Filled, at the end, with the share of the machine's CPU time that others than the run's ranks took while it
+    trained: from its 6th step to the end of its ranks."""
+    seen: list[tuple[float, int, int]] = []
+    found: list[float] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.5):
+            metrics = run / "metrics.jsonl"
+            ranks = _ticks_of("ray::RayTrainWorker")
+            if ranks and metrics.exists() and metrics.read_text().count('"step"') > 5:
+                seen.append((time.monotonic(), _busy_ticks(), ranks))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watcher.join()
+    (began, busy, ranks), (last, more, further) = seen[0], seen[-1]
+    ticks = (last - began) * os.sysconf("SC_CLK_TCK") * cores()
+    found.append((more - busy - (further - ranks)) / ticks)
+
+
+def _busy_ticks() -> int:
+    """Ticks in which a CPU of this machine did something."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return user + nice + system + irq + softirq
+
+
+def _ticks_of(title: str) -> int:
+    """Ticks that the living processes so called have used."""
+    total = 0
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(title.encode()):
+                total += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
+    return total

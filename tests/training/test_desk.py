@@ -317,8 +317,11 @@ def test_ranks_fit_where_a_node_has_all_that_one_takes() -> None:
 def test_ranks_on_cpus_leave_one_that_can_read() -> None:
     team, two = Team(1, 8, "cpu"), [{"CPU": 2.0}, {"CPU": 2.0}]
     assert team.room(two) == 3 and Team(1, 2, "cpu").room(two) == 2
-    assert Team(1, 8, "cpu", reading="data").room([{"CPU": 2.0}, {"CPU": 2.0, "data": 1.0}]) == 3
-    assert Team(1, 8, "cpu", reading="data").room([{"CPU": 2.0}, {"CPU": 3.5, "data": 1.0}]) == 4
+    reads = Team(1, 8, "cpu", reading="data")
+    assert reads.room([{"CPU": 2.0}, {"CPU": 2.0, "data": 1.0}]) == 1, "two might fill the one that reads"
+    assert Team(1, 8, "cpu", "trainer", "data").room([{"CPU": 2.0, "trainer": 2.0}, {"CPU": 2.0, "data": 1.0}]) == 2
+    assert Team(1, 8, "cpu", "all", "all").room([{"CPU": 3.0, "all": 2.0}]) == 2, "it may hold no more"
+    assert reads.room(two) == 4, "fewer would not be read for either"
     assert Team(1, 8, "cuda").room([{"CPU": 2.0, "GPU": 2.0}]) == 2, "they take no CPU"
 
 
@@ -390,7 +393,7 @@ def test_ranks_that_wait_for_what_nothing_can_read_make_room_for_fewer(
     nodes[2]["Alive"] = True
     hosts.going.add("c")
     assert hosts.starved(waits), "it gets nothing new to do"
-    for team in (Team(2, 4, "cpu"), Team(2, 2, "cpu"), Team(1, 4, "cuda")):
+    for team in (Team(2, 4, "cpu"), Team(2, 2, "cpu"), Team(1, 4, "cuda"), Team(1, 4, "cpu", reading="none")):
         assert not launch._Hosts(team).starved(waits), "fewer are not wanted, or they take no CPU"
 
 
