@@ -68,7 +68,6 @@ class Recorder:
     Args:
         run: as of `run_id`.
         token: names this start of the run; no two starts share one, since a file is never reopened.
-
         world: ranks of this start.
 
     Raises:

@@ -353,6 +353,15 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_one_before(t
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_host_without_room_to_fetch_a_checkpoint_to_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    with pytest.raises(RayographError, match="home"), checkpoint._reading(tmp_path / "home" / "scratch"):
+        pass
+    with pytest.raises(ZeroDivisionError), checkpoint._reading(tmp_path / "scratch") as folder:
+        assert folder.is_dir() and 1 / 0
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_a_full_disk_says_so(tmp_path: Path) -> None:
     error = SafetensorError("I/O error: No space left on device (os error 28)")
     with pytest.raises(RayographError, match="the disk is full"), storage.explained(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 from cluster import parts
 from cluster.errors import RayographError
+from tests.runs import wait_until
 from tests.s3 import Store
 from training import desk, launch
 from training.desk import IDLE_STARTS, METRICS, Desk, Place, born, read_metrics
@@ -176,6 +178,17 @@ def test_a_group_that_has_ended_publishes_no_checkpoint_and_fails_nobody(run: De
     assert run.look()["failure"] == {"kind": "DataError", "message": "a rank that comes up"}
 
 
+def test_a_disk_that_is_full_when_a_group_starts_is_told_in_one_line(
+    run: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_rows: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(RayographError, match="the disk is full"):
+        patch.setattr(run, "_write", full)
+        start(run)
+
+
 def test_a_disk_that_is_full_is_told_in_one_line_wherever_rows_meet_it(run: Desk, tmp_path: Path) -> None:
     group = start(run)["group"]
     run._file.close()
@@ -197,6 +210,43 @@ def test_a_stopped_run_is_given_the_time_that_its_steps_and_its_checkpoint_take(
     assert launch.patience_to_stop(save) == launch.STOP_PATIENCE_S + launch.SAVE_PATIENCE_S
     assert launch.patience_to_stop(step | {"longest": 6.0}) == 12.0
     assert launch.patience_to_stop(step | {"longest": 600.0}) == launch.SAVE_PATIENCE_S
+
+
+def test_a_rank_that_begins_to_save_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from training import line
+
+    sent: list[str] = []
+
+    class Far:
+        """A desk that is called from afar, and answers at once."""
+
+        def __init__(self, *, keep: bool = False) -> None:
+            self._keep = keep
+
+        def __getattr__(self, name: str) -> Far:
+            return Far(keep=name == "beat")
+
+        def remote(self, *values: object) -> object:
+            if self._keep:
+                sent.append(str(values[3]))
+            return "reference"
+
+    class Context:
+        def get_node_id(self) -> str:
+            return "node"
+
+    monkeypatch.setattr(line, "BEAT_S", 60.0)
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda: ["desk-1"])
+    monkeypatch.setattr(ray, "get_actor", lambda name: Far())
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "wait", lambda references, **_: (references, []))
+    one = line.Line("desk", 0)
+    one.now("step", 1)
+    one.now("save")
+    wait_until(lambda: sent == ["save"], 5, "a beat long before the next one is due")
+    one.close()
 
 
 def test_after_a_deliberate_error_no_group_starts_again(run: Desk) -> None:
