@@ -6,7 +6,6 @@ of itself. A name holds the step and a token of its own, so that no writer ever 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,25 +220,20 @@ def load(folder: Path | str, name: str) -> State:
         manifest = _manifest(storage.join(where, MANIFEST))
         if storage.is_local(where):
             return _loaded(manifest, storage.local_path(where) / STATE)
-        with _reading(_beside(folder)) as scratch:
-            storage.fetch(storage.join(where, STATE), scratch / STATE)
-            return _loaded(manifest, scratch / STATE)
+        with _fetching(_beside(folder)) as scratch:
+            storage.fetch(storage.join(where, STATE), Path(scratch) / STATE)
+            return _loaded(manifest, Path(scratch) / STATE)
     except NewerFormatError:
         raise
     except UsageError as error:  # a file that is not there
         raise DamagedError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _reading(beside: Path) -> Iterator[Path]:
-    """A folder of its own in `beside` to fetch to, gone after the block."""
+def _fetching(beside: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder of its own in `beside` to fetch to, gone after a `with` block."""
     with storage.explained(beside):
         beside.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".read-", suffix=".partial", dir=beside))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        return tempfile.TemporaryDirectory(prefix=".read-", suffix=".partial", dir=beside)
 
 
 def _manifest(file: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 def taken_beside(run: Path) -> Iterator[list[float]]:
     """Filled, at the end, with the share of the machine's CPU time that others than the run's ranks took while it
     trained: from its 6th step to the end of its ranks."""
-    seen: list[tuple[float, int, int]] = []
+    seen: list[tuple[float, int, dict[int, int]]] = []
     found: list[float] = []
     ended = threading.Event()
 
@@ -60,9 +60,12 @@ def taken_beside(run: Path) -> Iterator[list[float]]:
     finally:
         ended.set()
         watcher.join()
+    if len(seen) < 2:
+        raise RuntimeError(f"{run}: no ranks were seen to train for a second on this machine")
+    seen = [moment for moment in seen if moment[2].keys() == seen[0][2].keys()]  # the last of them end one by one
     (began, busy, ranks), (last, more, further) = seen[0], seen[-1]
     ticks = (last - began) * os.sysconf("SC_CLK_TCK") * cores()
-    found.append((more - busy - (further - ranks)) / ticks)
+    found.append((more - busy - (sum(further.values()) - sum(ranks.values()))) / ticks)
 
 
 def _busy_ticks() -> int:
@@ -71,11 +74,11 @@ def _busy_ticks() -> int:
     return user + nice + system + irq + softirq
 
 
-def _ticks_of(title: str) -> int:
-    """Ticks that the living processes so called have used."""
-    total = 0
+def _ticks_of(title: str) -> dict[int, int]:
+    """Ticks that the living processes so called have used, by process id."""
+    found = {}
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
             if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(title.encode()):
-                total += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
-    return total
+                found[int(folder.name)] = sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:13]))
+    return found
